@@ -1,0 +1,86 @@
+"""The three small layers everything else is made of. Every parameter names its axes (see `sharding.rules`)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.ops.dot_general import contract, make_dot_general
+
+
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype) -> nnx.Param:
+    """A parameter drawn from N(0, std^2): how both references initialise every matrix."""
+    # Drawn in float32 whatever the dtype, so that the numbers of a seed do not depend on it.
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), axes=axes, eager_sharding=False)
+
+
+class Linear(nnx.Module):
+    """x [..., in dims] · kernel [in dims, out dims] → [..., out dims], without bias.
+
+    The kernel keeps its dimensions apart (heads and head_dim, gate and up), so that each can be split by name.
+    """
+
+    def __init__(
+        self,
+        in_dims: dict[str, int],
+        out_dims: dict[str, int],
+        *,
+        std: float,
+        dtype,
+        matmul: str = "default",
+        rngs: nnx.Rngs,
+    ):
+        shape = (*in_dims.values(), *out_dims.values())
+        self.kernel = normal_param(rngs, shape, (*in_dims, *out_dims), std, dtype)
+        self.num_contract = len(in_dims)
+        self.matmul = matmul
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel = self.kernel[...].astype(x.dtype)
+        return contract(x, kernel, num_contract=self.num_contract, dot_general=make_dot_general(self.matmul))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale. float32 inside; cast back *before* the scale, as both references do."""
+
+    def __init__(self, dim: int, *, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((dim,), dtype), axes=("norm",), eager_sharding=False)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_normalize(x, self.eps) * self.scale[...].astype(x.dtype)
+
+
+def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) in float32, returned in x's dtype. Weightless: it is also Llama 4's qk-norm."""
+    x32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * inverse_rms).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token ids → rows of a table. Unscaled, and not tied to the output head."""
+
+    def __init__(self, vocab_size: int, dim: int, *, std: float, dtype, rngs: nnx.Rngs):
+        self.embedding = normal_param(rngs, (vocab_size, dim), ("vocab", "embed"), std, dtype)
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        return self.embedding[...][tokens].astype(dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x)). gate and up are one product: kernel [D, 2, F], index 0 the gate."""
+
+    def __init__(self, dim: int, width: int, *, std: float, dtype, matmul: str, rngs: nnx.Rngs):
+        make = {"std": std, "dtype": dtype, "matmul": matmul, "rngs": rngs}
+        self.gate_up = Linear({"embed": dim}, {"gate_up": 2, "mlp": width}, **make)
+        self.down = Linear({"mlp": width}, {"embed": dim}, **make)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
+    """silu(gate) · up of the two halves."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

@@ -1,0 +1,68 @@
+"""Which devices, in which named axes."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Number of devices along each axis; one axis may be -1 and takes what the others leave.
+
+    - data: copies of the model, each with its own rows of the batch
+    - fsdp: rows of the batch too, and parameters and optimizer state are split over it
+    - expert: rows of the batch too, and the routed experts are split over it
+    - tensor: heads, feed-forward width and vocabulary are split over it
+    - context: the sequence is split over it
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{name} must be at least 1, or -1 for what the others leave, got {size}.")
+        if list(self.shape).count(-1) > 1:
+            raise ValueError(f"only one mesh axis may be -1, got {self}.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return dataclasses.astuple(self)
+
+    @property
+    def named_size(self) -> int:
+        """Product of the sizes that are given: how many devices the mesh needs at least."""
+        return math.prod(size for size in self.shape if size != -1)
+
+    def resolve(self, num_devices: int) -> "MeshConfig":
+        """Replaces -1. Raises ValueError if the mesh does not use exactly `num_devices`."""
+        named = self.named_size
+        sizes = dataclasses.asdict(self)
+        if -1 in self.shape and num_devices % named == 0:
+            free = next(name for name, size in sizes.items() if size == -1)
+            return dataclasses.replace(self, **{free: num_devices // named})
+        if -1 not in self.shape and named == num_devices:
+            return self
+        axes = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1)
+        raise ValueError(
+            f"the mesh ({axes or 'all axes 1'}) needs {'a multiple of ' if -1 in self.shape else ''}{named} "
+            f"devices, but there are {num_devices}. Choose axis sizes whose product is {num_devices}, "
+            f"or set one axis to -1."
+        )
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (all devices by default). Raises ValueError if the sizes do not fit."""
+    devices = jax.devices() if devices is None else devices
+    config = config.resolve(len(devices))
+    axes = tuple(dataclasses.asdict(config))
+    # Auto axes: the partitioner propagates shardings. `jax.make_mesh` would default to explicit ones.
+    auto = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(config.shape, axes, axis_types=auto, devices=devices)
