@@ -1,0 +1,39 @@
+"""Llama 4 in JAX.
+
+    model = llama4_jax.from_pretrained(path, mesh=None, dtype="bfloat16")       # a Hugging Face or a run directory
+    logits = model(tokens)                                                      # int32 [B, T] → float32 [B, T, V]
+    replies = llama4_jax.generate(model, prompts, max_new_tokens=64)            # lists of tokens → lists of tokens
+
+    model = llama4_jax.Llama4(llama4_jax.ModelConfig(...), seed=0)              # or a new one
+
+`llama4_jax.model.presets` has the published configs.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama4_jax.infer.generate import generate as generate
+    from llama4_jax.model.config import ModelConfig as ModelConfig
+    from llama4_jax.model.llama4 import Llama4 as Llama4
+    from llama4_jax.weights.load import from_pretrained as from_pretrained
+
+_HOME = {
+    "from_pretrained": "llama4_jax.weights.load",
+    "generate": "llama4_jax.infer.generate",
+    "Llama4": "llama4_jax.model.llama4",
+    "ModelConfig": "llama4_jax.model.config",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    # On first use: `llama4_jax.inputs` and `llama4_jax.data` run where jax must not be imported.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

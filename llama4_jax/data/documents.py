@@ -1,0 +1,96 @@
+"""A data set: texts by number, and which of them are held out.
+
+Held out is decided document by document, by a hash of its name or text and nothing else. So the split is the same on
+every machine and in every process, does not move when documents are added or the order is changed, and a larger
+fraction holds out what a smaller one did, and more.
+"""
+
+import abc
+import glob
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt64
+
+
+class Documents(abc.ABC):
+    """Texts by number, read when asked for.
+
+    - hashes: one uniformly distributed number for each document, made of its name or text
+    - blocks: numbers of the documents at which blocks begin, and at last the number of documents. Documents of one
+      block are quick to read one after another; shuffling keeps them together. A source that reads any document as
+      quickly as the next is one block.
+    - identity: equal for two data sets if they are the same, as far as can be told without reading all of them
+    """
+
+    def __init__(
+        self,
+        hashes: Sequence[int] | UInt64[np.ndarray, "documents"],
+        *,
+        sizes: Sequence[int] | Int[np.ndarray, "..."] = (),
+        blocks: Int[np.ndarray, "..."] | None = None,
+    ):
+        self.hashes = np.asarray(hashes, np.uint64)
+        self.blocks = np.array([0, len(self.hashes)]) if blocks is None else blocks
+        content = self.hashes.tobytes() + np.asarray(sizes, np.int64).tobytes()
+        self.identity = hashlib.blake2b(content, digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> str: ...
+
+
+class Subset(Documents):
+    """Some documents of a data set, in its order."""
+
+    def __init__(self, documents: Documents, indices: Int[np.ndarray, "chosen"]):
+        super().__init__(documents.hashes[indices], blocks=np.unique(np.searchsorted(indices, documents.blocks)))
+        self.identity = f"{documents.identity}-{self.identity}"
+        self._documents = documents
+        self._indices = indices
+
+    def __getitem__(self, index: int) -> str:
+        return self._documents[int(self._indices[index])]
+
+
+def split(documents: Documents, heldout_fraction: float) -> tuple[Subset, Subset]:
+    """The documents to train on, and those held out. Either may be empty."""
+    heldout = documents.hashes < np.uint64(int(heldout_fraction * 2**64))
+    return Subset(documents, np.flatnonzero(~heldout)), Subset(documents, np.flatnonzero(heldout))
+
+
+def hash64(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def find_files(pattern: str, inside: str) -> tuple[list[Path], list[str]]:
+    """The files of a path, sorted, and their names relative to where the search began.
+
+    The path may be a file, a glob (`**` for any depth), or a directory, of which all files named `inside` (a glob) at
+    any depth are taken. Hidden files are left out. Raises FileNotFoundError if that leaves none.
+    """
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        root, found = path, glob.glob(os.path.join(glob.escape(path), "**", inside), recursive=True)
+    elif os.path.isfile(path):
+        root, found = os.path.dirname(path), [path]
+    else:
+        root = os.path.dirname(path)
+        while glob.has_magic(root):
+            root = os.path.dirname(root)
+        found = glob.glob(path, recursive=True)
+    names = {Path(os.path.relpath(file, root or ".")).as_posix(): Path(file) for file in found if os.path.isfile(file)}
+    if not names:
+        raise FileNotFoundError(
+            f"data.sources: {pattern} matches no file (searched from {Path(root or '.').resolve()})."
+        )
+    return [names[name] for name in sorted(names)], sorted(names)
+
+
+def empty_error(spec: str) -> ValueError:
+    return ValueError(f"data.sources: there is no text in {spec}: every file it names is empty.")

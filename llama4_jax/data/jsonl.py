@@ -1,0 +1,58 @@
+"""JSON Lines: an object a line, and the text in one of its fields."""
+
+import json
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from llama4_jax.data.documents import Documents, empty_error, find_files, hash64
+from llama4_jax.inputs.tokenizer import utf8
+
+
+class JsonlDocuments(Documents):
+    """One document a line. The split is by text, so that copies of a text are on the same side of it.
+
+    Opening reads and checks every line, so that a bad one stops the run before it begins. Blank lines and empty texts
+    are left out. Raises ValueError, naming file and line, for one that is no JSON object with a string in the field.
+    """
+
+    def __init__(self, pattern: str, field: str):
+        self._paths, _ = find_files(pattern, "*.jsonl")
+        self._field = field
+        hashes, files, starts, lengths = array("Q"), array("q"), array("q"), array("q")
+        for number, path in enumerate(self._paths):
+            start = 0
+            with path.open("rb") as file:
+                for line_number, line in enumerate(file, 1):
+                    if line.strip() and (text := _text(line, field, f"{path}, line {line_number}")):
+                        hashes.append(hash64(utf8(text)))
+                        files.append(number)
+                        starts.append(start)
+                        lengths.append(len(line))
+                    start += len(line)
+        if not hashes:
+            raise empty_error(f"jsonl:{pattern}#{field}")
+        self._files, self._starts, self._lengths = (np.array(a, np.int64) for a in (files, starts, lengths))
+        super().__init__(np.array(hashes, np.uint64), sizes=self._lengths)
+
+    def __getitem__(self, index: int) -> str:
+        path: Path = self._paths[self._files[index]]
+        with path.open("rb") as file:
+            file.seek(self._starts[index])
+            line = file.read(self._lengths[index])
+        return _text(line, self._field, f"{path}, at byte {self._starts[index]}")
+
+
+def _text(line: bytes, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: this is no JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: should be a JSON object with the field {field!r}, and is a {type(row).__name__}.")
+    if field not in row:
+        raise ValueError(f"{where}: has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}.")
+    if not isinstance(row[field], str):
+        raise ValueError(f"{where}: the field {field!r} should be a string, and is {row[field]!r:.40}.")
+    return row[field]

@@ -1,0 +1,198 @@
+"""The loader: batches for one process, the same whatever the number of processes, resumable at any batch.
+
+Training. Row r of the global batch is a stream of its own: it reads documents r, r + B, r + 2B, … of the shuffled,
+endless data, and packs them without gaps. So a process makes its own rows and reads nothing for the others, and all
+processes' rows together are what one process would make. Where a row has got to is two numbers, the document and the
+token in it, and that is the whole state, whatever has been read ahead.
+
+Evaluation. The held-out documents, each once, in an order that depends on no seed, are packed into one row after
+another; row i belongs to batch i // B. Every process packs all of them and keeps its rows: held-out data is small, and
+all processes then agree on the number of batches without a word. The last batch is filled up with padding.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import grain
+from grain.experimental import ThreadPrefetchIterDataset
+
+from llama4_jax.data.batch import Batch
+from llama4_jax.data.config import DataConfig
+from llama4_jax.data.documents import Documents
+from llama4_jax.data.documents import split as split_documents
+from llama4_jax.data.mixture import heldout_documents, training_rows
+from llama4_jax.data.packing import PackedBatches
+from llama4_jax.data.sources import open_source
+from llama4_jax.inputs.tokenizer import Tokenizer
+
+Split = Literal["train", "heldout"]
+
+
+class Loader(Iterator[Batch]):
+    """`next` gives this process's rows of the next batch: numpy arrays [batch_size / process_count, seq_len].
+
+    Training never ends. Held-out does, and begins anew at each `iter`: `for batch in loader` is one evaluation.
+    """
+
+    def __init__(self, batches: PackedBatches, *, restarts: bool, prefetch: int, identity: str):
+        self._streams = tuple(batches.documents)
+        self._restarts = restarts
+        self._identity = identity
+        self._batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+        self._start()
+
+    def __iter__(self) -> "Loader":
+        if self._restarts:
+            self.close()
+            self._start()
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch begins: a small dictionary that JSON can hold."""
+        return {"data": self._identity, **self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where `get_state` was called, with the same batches bit for bit.
+
+        The state may have more rows than this process: with `merge_states`, a run goes on with another number of
+        processes. Raises ValueError, and stays where it is, for a state of other data, or without this process's rows.
+        """
+        if state["data"] != self._identity:
+            raise ValueError(
+                f"the saved place in the data is of other data ({state['data']}) than this ({self._identity}): the "
+                f"files, the tokenizer, and data.sources, weights, seq_len, batch_size, heldout_fraction and "
+                f"shuffle_seed must be as they were."
+            )
+        missing = [name for name in self._streams if name not in state["rows"]]
+        if missing:
+            raise ValueError(
+                f"the saved place in the data lacks the rows {', '.join(missing)} of this process, and has "
+                f"{', '.join(state['rows'])}: merge what all processes have saved."
+            )
+        self._iterator.set_state({"batches": state["batches"], "rows": state["rows"]})
+
+    def close(self) -> None:
+        """End the background thread, as leaving the program does."""
+        self._finalizer()
+
+    def _start(self) -> None:
+        self._running = [iter(self._batches)]
+        # grain's iterators complain if the interpreter is taken apart around them: let go of it before.
+        self._finalizer = weakref.finalize(self, _close, self._running)
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator[Batch]:
+        if not self._running:
+            raise ValueError("this loader is closed: make a new one.")
+        return self._running[0]
+
+
+def _close(running: list[grain.DatasetIterator[Batch]]) -> None:
+    running.pop().close()
+
+
+def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One state out of those of all processes, for a run that goes on with another number of them.
+
+    Raises ValueError unless all were saved after the same batch of the same data.
+    """
+    first, *others = states
+    for other in others:
+        if (other["data"], other["batches"]) != (first["data"], first["batches"]):
+            raise ValueError(
+                f"the saved places in the data are not of one moment: after batch {first['batches']} of "
+                f"{first['data']}, and after batch {other['batches']} of {other['data']}."
+            )
+    return {**first, "rows": {name: place for state in (first, *others) for name, place in state["rows"].items()}}
+
+
+def make_loader(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    split: Split,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_batches: int | None = None,
+) -> Loader:
+    """Open the sources, and make batches of one split of them.
+
+    - process_index, process_count: this process gives rows i B / n to (i + 1) B / n of each batch
+    - max_batches: end after so many; for held-out only
+
+    Raises what `open_source` raises, and ValueError for a batch that the processes do not divide, for a split that has
+    no documents, and for fewer training documents than rows.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f'split must be "train" or "heldout", got {split!r}.')
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be in [0, {process_count}), got {process_index}.")
+    if config.batch_size % process_count:
+        raise ValueError(
+            f"data.batch_size must be a multiple of the number of processes, {process_count}, got {config.batch_size}."
+        )
+    if max_batches is not None and (split == "train" or max_batches < 1):
+        raise ValueError(f"max_batches is for held-out data, and at least 1, got {max_batches} for {split}.")
+    share = config.batch_size // process_count
+    own = range(process_index * share, (process_index + 1) * share)
+    sources = _open(config, split)
+    if split == "train":
+        rows = training_rows(sources, config.weights, config.shuffle_seed, config.batch_size)
+        names = [str(row) for row in own]
+        batches = PackedBatches({str(row): rows[row] for row in own}, names, slice(None), tokenizer, config.seq_len)
+    else:
+        batches = PackedBatches(
+            {"all": heldout_documents(sources)},
+            ["all"] * config.batch_size,
+            slice(own.start, own.stop),
+            tokenizer,
+            config.seq_len,
+            max_batches,
+        )
+    return Loader(
+        batches,
+        restarts=split == "heldout",
+        prefetch=config.prefetch,
+        identity=_identity(config, tokenizer, split, sources),
+    )
+
+
+def _open(config: DataConfig, split: Split) -> Sequence[Documents]:
+    """One split of each source; held-out, of each that has one."""
+    train, heldout = zip(
+        *(split_documents(open_source(spec), config.heldout_fraction) for spec in config.sources), strict=True
+    )
+    if split == "heldout":
+        found = [documents for documents in heldout if len(documents)]
+        if not found:
+            raise ValueError(
+                f"none of the {sum(map(len, train))} documents of data.sources is held out: raise "
+                f"data.heldout_fraction, which is {config.heldout_fraction}, or use more documents."
+            )
+        return found
+    for spec, documents in zip(config.sources, train, strict=True):
+        if not len(documents):
+            raise ValueError(
+                f"all documents of {spec} are held out: lower data.heldout_fraction, which is "
+                f"{config.heldout_fraction}, or use more documents."
+            )
+    total = sum(map(len, train))
+    if total < config.batch_size:
+        raise ValueError(
+            f"data.batch_size is {config.batch_size}, but there are {total} documents to train on, and each row reads "
+            f"documents of its own: use fewer rows or more documents (text:PATH cuts a long file into many)."
+        )
+    return train
+
+
+def _identity(config: DataConfig, tokenizer: Tokenizer, split: Split, sources: Sequence[Documents]) -> str:
+    """Equal if and only if the batches are, of all processes together."""
+    what = (split, config.seq_len, config.batch_size, tokenizer.fingerprint, [source.identity for source in sources])
+    if split == "train":
+        what += (config.weights, config.shuffle_seed)
+    return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,208 @@
+"""Continuing prompts: prefill, then decode, a batch at a time.
+
+Two compiled functions do all the work, pure in the model's state and with the cache donated:
+
+- `_prefill` reads a piece of every row's prompt into the cache and draws each row's first token
+- `_decode` runs up to `_TOKENS_PER_CALL` tokens in one loop on the device, since starting a computation costs as much
+  as a small model's step
+
+Shapes are rounded up to a few sizes, so that calls with other prompts, lengths, seeds or temperatures compile nothing.
+Rows of unequal length are padded on the right; padding is written to no cache and routed to no expert, so each row
+gets what it would get alone.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from llama4_jax.infer.sampling import Sampling, make_sampling, row_keys, sample
+from llama4_jax.model.cache import Cache
+from llama4_jax.model.config import ModelConfig
+from llama4_jax.model.llama4 import Llama4
+from sharding import constrain
+
+_PIECE = 512  # tokens of each prompt read at once: bounds the memory of a long prompt
+_TOKENS_PER_CALL = 32
+_SECONDS_BETWEEN_REPORTS = 0.1  # to `on_tokens`, about
+_NOTHING = -1  # in place of a token, in a row that has stopped
+
+
+def generate(
+    model: Llama4,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop_ids: Iterable[int] = (),
+    on_tokens: Callable[[list[list[int]]], None] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, without the prompt. A row ends with the stop id that ended it, if one did.
+
+    - prompts: token ids; rows may differ in length
+    - max_new_tokens: of each row, at most
+    - temperature: 0 takes the most likely token; otherwise tokens are drawn, the more freely the higher
+    - top_k, top_p: draw only among the top_k most likely tokens; among the fewest whose probabilities sum to top_p
+    - seed: with temperature above 0. Row i draws the same numbers whatever the other rows are
+    - on_tokens: is called every 0.1 s or so with the tokens that each row gained since; with empty lists for rows
+      that have stopped
+
+    Works on a mesh: under `jax.set_mesh`, or with parameters placed on one. A model with scanned layers is unstacked
+    for each call, which copies it: `model.unscanned()` once is better for many.
+
+    Raises ValueError, before anything is computed, for an empty prompt, a token id outside the vocabulary, a prompt
+    that leaves no room for max_new_tokens in the context, and sampling arguments out of range.
+    """
+    how = make_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    stop_ids = sorted(set(stop_ids))
+    longest = _check(model.config, prompts, max_new_tokens, stop_ids, seed)
+    if not prompts:
+        return []
+
+    graphdef, state = nnx.split(model.unscanned())
+    slots = min(_rounded(longest + max_new_tokens, 64), model.config.context_length)
+    cache, token = _read_prompts(graphdef, state, prompts, slots, how, seed)
+    stops = np.array(stop_ids, np.int32)
+
+    results: list[list[int]] = [[] for _ in prompts]
+
+    def collect(new: Int[np.ndarray, "B n"]) -> None:
+        gained = [[int(t) for t in row if t != _NOTHING] for row in new]
+        for result, tokens in zip(results, gained, strict=True):
+            result += tokens
+        if on_tokens is not None:
+            on_tokens(gained)
+
+    collect(token[:, None])
+    stopped = np.isin(token, stops)
+    drawn, limit = 1, _TOKENS_PER_CALL if on_tokens is None else 1
+    while drawn < max_new_tokens and not np.all(stopped):
+        limit = min(limit, max_new_tokens - drawn)
+        started = time.perf_counter()
+        cache, *small = _decode(graphdef, state, cache, token, stopped, drawn, limit, how, seed, stops)
+        token, stopped, new = jax.device_get(small)
+        collect(new[:, :limit])
+        drawn += limit
+        if on_tokens is not None:
+            per_token = (time.perf_counter() - started) / limit
+            limit = int(np.clip(_SECONDS_BETWEEN_REPORTS / per_token, 1, _TOKENS_PER_CALL))
+    return results
+
+
+def _check(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: list[int], seed: int
+) -> int:
+    """Raises ValueError for what cannot be generated. Returns the length of the longest prompt."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if not 0 <= seed < 1 << 31:
+        raise ValueError(f"seed must be from 0 to {(1 << 31) - 1}, got {seed}.")
+    for token in stop_ids:
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(
+                f"stop_ids has {token}, but the model's vocabulary has the ids 0 to {config.vocab_size - 1}."
+            )
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{row}] is empty: give at least one token, such as the begin-of-text token.")
+        for index, token in enumerate(prompt):
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"prompts[{row}][{index}] is the token id {token}, but the model's vocabulary has "
+                    f"{config.vocab_size} ids, 0 to {config.vocab_size - 1}. Is the tokenizer this model's own?"
+                )
+        if len(prompt) + max_new_tokens > config.context_length:
+            raise ValueError(
+                f"prompts[{row}] has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} exceeds the "
+                f"model's context_length of {config.context_length}. Shorten the prompt or ask for fewer tokens."
+            )
+    return max((len(prompt) for prompt in prompts), default=0)
+
+
+def _read_prompts(
+    graphdef, state, prompts: Sequence[Sequence[int]], slots: int, how: Sampling, seed: int
+) -> tuple[Cache, Int[np.ndarray, " B"]]:
+    """The cache that holds all prompts, and the first new token of each row."""
+    rows = len(prompts)
+    cache = _empty_cache(graphdef, state, rows, slots)
+    token = np.zeros((rows,), np.int32)
+    longest = max(len(prompt) for prompt in prompts)
+    for start in range(0, longest, _PIECE):
+        piece = np.zeros((rows, _rounded(min(longest - start, _PIECE), 16)), np.int32)
+        counts = np.zeros((rows,), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens = prompt[start : start + _PIECE]
+            piece[row, : len(tokens)], counts[row] = tokens, len(tokens)
+        cache, first = _prefill(graphdef, state, cache, piece, counts, how, seed)
+        token = np.where(counts > 0, first, token)  # the prompts that end here, and those that go on
+    return cache, token
+
+
+def _rounded(length: int, least: int) -> int:
+    """The next power of two."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "slots"))
+def _empty_cache(graphdef, state, rows: int, slots: int) -> Cache:
+    return nnx.merge(graphdef, state).empty_cache(rows, slots)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def _prefill(
+    graphdef,
+    state,
+    cache: Cache,
+    piece: Int[Array, "B T"],
+    counts: Int[Array, " B"],
+    how: Sampling,
+    seed: Int[Array, ""],
+) -> tuple[Cache, Int[Array, " B"]]:
+    """Reads the first counts[b] tokens of each row of `piece`, and draws what follows the last of them."""
+    model = nnx.merge(graphdef, state)
+    hidden, cache = model.step(piece, cache, counts)
+    last = jnp.maximum(counts - 1, 0)[:, None, None]
+    logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0]
+    return cache, constrain(sample(logits, how, row_keys(seed, len(counts)), 0), None)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def _decode(
+    graphdef,
+    state,
+    cache: Cache,
+    token: Int[Array, " B"],
+    stopped: Bool[Array, " B"],
+    drawn: Int[Array, ""],
+    limit: Int[Array, ""],
+    how: Sampling,
+    seed: Int[Array, ""],
+    stop_ids: Int[Array, " stops"],
+) -> tuple[Cache, Int[Array, " B"], Bool[Array, " B"], Int[Array, "B n"]]:
+    """`limit` more tokens of each row after its newest, `token`; fewer when all rows have stopped."""
+    model = nnx.merge(graphdef, state)
+    keys = row_keys(seed, len(token))
+    new = jnp.full((len(token), _TOKENS_PER_CALL), _NOTHING, jnp.int32)
+
+    def running(carry):
+        i, _, _, stopped, _ = carry
+        return (i < limit) & ~jnp.all(stopped)
+
+    def one(carry):
+        i, cache, token, stopped, new = carry
+        hidden, cache = model.step(token[:, None], cache, (~stopped).astype(jnp.int32))
+        token = jnp.where(stopped, token, sample(model.logits(hidden)[:, 0], how, keys, drawn + i))
+        new = jax.lax.dynamic_update_slice(new, jnp.where(stopped, _NOTHING, token)[:, None], (0, i))
+        stopped |= jnp.any(token[:, None] == stop_ids, axis=-1)
+        return i + 1, cache, token, stopped, new
+
+    _, cache, token, stopped, new = jax.lax.while_loop(running, one, (0, cache, token, stopped, new))
+    return cache, constrain(token, None), constrain(stopped, None), constrain(new, None, None)

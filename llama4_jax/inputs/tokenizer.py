@@ -1,0 +1,308 @@
+"""Text ↔ token ids: bytes for small models, and Llama 4's own BPE.
+
+Both speak one language (`Tokenizer`): special tokens have Llama 4's names, so that chat, images and stop tokens are
+spelled alike whatever the vocabulary. `encode` never produces a special token from text: `<|eot|>` in a user's message,
+a file or a tool's result is seven harmless characters, and no input can end a turn or start a role. Special tokens are
+put in by id, by whoever builds a prompt.
+
+Sources: `tokenizer.model` and `llama4/tokenizer.py` of llama-models 0.3.0 for the ids, the limits and the order of the
+special tokens; the o200k expression is published with tiktoken.
+"""
+
+import abc
+import base64
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, SupportsIndex
+
+import numpy as np
+import tiktoken
+from etils import epath
+from jaxtyping import Int
+
+BPE_FILE = "tokenizer.model"
+BYTES_FILE = "byte_tokenizer.json"
+
+
+def _reserved(prefix: str, first: int, last: int) -> list[str]:
+    return [f"{prefix}reserved_special_token_{i}" for i in range(first, last + 1)]
+
+
+# Ids 200000 to 202047, in this order.
+_LLAMA4_SPECIAL = [
+    *("begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix"),
+    *("header_start", "header_end", "eom", "eot", "step"),
+    *_reserved("text_post_train_", 0, 5),
+    *("python_start", "python_end", "finetune_right_pad"),
+    *_reserved("text_post_train_", 8, 68),
+    *("image_start", "image_end"),
+    *_reserved("vision_", 0, 1),
+    *("tile_x_separator", "tile_y_separator"),
+    *_reserved("vision_", 2, 5),
+    "image",
+    *_reserved("vision_", 6, 6),
+    "patch",
+    *_reserved("vision_", 7, 1047),
+    *_reserved("reasoning_", 0, 7),
+    *("reasoning_thinking_start", "reasoning_thinking_end"),
+    *_reserved("", 0, 903),
+]
+
+
+class Tokenizer(abc.ABC):
+    """What all tokenizers have in common: a table from id to bytes, of which the last ids are special.
+
+    - vocab_size: ids are 0 … vocab_size - 1, and each stands for something
+    - bos_id, eos_id, pad_id: begin_of_text, end_of_text, finetune_right_pad
+    - stop_ids: where a reply ends: end_of_text, eom, eot
+    - special_tokens: full name, as in `<|eot|>`, to id
+    - fingerprint: equal for two tokenizers exactly if they give every text the same ids
+    """
+
+    def __init__(self, kind: str, pieces: Sequence[bytes], special: Sequence[str]):
+        names = [f"<|{name}|>" for name in special]
+        self._bytes = [*pieces, *(name.encode() for name in names)]
+        self._first_special = len(pieces)
+        self._lengths = np.array([*map(len, pieces), *(0 for _ in names)], np.int32)
+        self.vocab_size = len(self._bytes)
+        self.special_tokens: dict[str, int] = {name: len(pieces) + i for i, name in enumerate(names)}
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.pad_id = self.special_tokens["<|finetune_right_pad|>"]
+        self.stop_ids = (self.eos_id, self.special_tokens["<|eom|>"], self.special_tokens["<|eot|>"])
+        table = b"".join(len(piece).to_bytes(4, "little") + piece for piece in self._bytes)
+        self.fingerprint = f"{kind}-{hashlib.blake2b(table, digest_size=8).hexdigest()}"
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abc.abstractmethod
+    def save(self, directory: str | epath.PathLike) -> None:
+        """Write into an existing directory what `load_tokenizer(directory)` needs to give this tokenizer again."""
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of the text alone; `bos` and `eos` put begin_of_text before and end_of_text after.
+
+        A lone surrogate, which UTF-8 cannot express, becomes U+FFFD.
+        """
+        ids = self._encode(text)
+        if bos:
+            ids.insert(0, self.bos_id)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode_bytes(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> bytes:
+        """The bytes that ids stand for, special tokens as their names. Raises ValueError for an id out of range."""
+        stop = self._first_special if skip_special else self.vocab_size
+        return b"".join([self._bytes[i] for i in self._checked(ids).tolist() if i < stop])
+
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> str:
+        """As `decode_bytes`, read as UTF-8; what is not UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
+
+    def token_bytes(self, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """How many bytes of text each id stands for: int32; special tokens stand for none. For bits per byte."""
+        return self._lengths[self._checked(ids)]
+
+    def _checked(self, ids: Iterable[SupportsIndex]) -> np.ndarray:
+        array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
+            wrong = next(i for i in array.flat if not 0 <= i < self.vocab_size)
+            raise ValueError(
+                f"token id {wrong} is out of range: this tokenizer has {self.vocab_size} ids, 0 to "
+                f"{self.vocab_size - 1}. Is it the one that the model was trained with?"
+            )
+        return array
+
+
+class ByteTokenizer(Tokenizer):
+    """Id 0 to 255 is that byte of UTF-8; then Llama 4's 21 named special tokens in its order, from 256 on.
+
+    The vocabulary is filled up to 320 with reserved tokens: a multiple of 64, so that meshes divide the embedding.
+    """
+
+    VOCAB_SIZE: ClassVar[int] = 320
+
+    def __init__(self):
+        named = [name for name in _LLAMA4_SPECIAL if "reserved" not in name]
+        free = self.VOCAB_SIZE - 256 - len(named)
+        super().__init__("bytes", [bytes([i]) for i in range(256)], named + _reserved("", 0, free - 1))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(utf8(text))
+
+    def save(self, directory: str | epath.PathLike) -> None:
+        _replace(epath.Path(directory) / BYTES_FILE, json.dumps({"type": "bytes", "vocab_size": self.vocab_size}))
+
+
+class BPETokenizer(Tokenizer):
+    """Llama 4's byte-pair encoding: 200 000 pieces from `tokenizer.model`, then 2 048 special tokens.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is damaged or another model's.
+    """
+
+    BASE_SIZE: ClassVar[int] = 200_000
+
+    _PATTERN: ClassVar[str] = "|".join(
+        [
+            # a word, with the sign or space before it and the English contraction after it: lower case after upper …
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            # … or upper case, where no lower case follows
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    )
+
+    def __init__(self, path: str | epath.PathLike):
+        path = epath.Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no such tokenizer file: {path}")
+        self._file = path.read_bytes()
+        ranks = _read_ranks(self._file, path)
+        if len(ranks) != self.BASE_SIZE:
+            raise ValueError(
+                f"{path} holds {len(ranks)} tokens and Llama 4's tokenizer.model {self.BASE_SIZE}: it is truncated, "
+                f"or of another model. Meta publishes it with the weights and in the PyPI package llama-models."
+            )
+        super().__init__("llama4-bpe", sorted(ranks, key=ranks.__getitem__), _LLAMA4_SPECIAL)
+        self._bpe = tiktoken.Encoding(
+            "llama4", pat_str=self._PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids = []
+        for piece in _bounded(text):
+            ids += self._bpe.encode_ordinary(piece)
+        return ids
+
+    def save(self, directory: str | epath.PathLike) -> None:
+        _replace(epath.Path(directory) / BPE_FILE, self._file)
+
+
+class StreamDecoder:
+    """Decoding while tokens arrive: text comes out as soon as it is certain, and never half a character.
+
+    All that `feed` and at last `flush` return, joined, is what `decode` gives for all ids at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, *ids: SupportsIndex) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special))
+
+    def flush(self) -> str:
+        """What is left: U+FFFD if the tokens end inside a character. The decoder is then as new."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def load_tokenizer(spec: str | epath.PathLike) -> Tokenizer:
+    """The tokenizer that a spec names: "bytes", or a path.
+
+    The path is of a `tokenizer.model`, or of a directory that holds one, or to which a tokenizer was saved.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = epath.Path(spec)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f'no such tokenizer: {path}. Give "bytes", or the path of a {BPE_FILE}.')
+        return BPETokenizer(path)
+    if (path / BYTES_FILE).is_file():
+        return _read_byte_tokenizer(path / BYTES_FILE)
+    if (path / BPE_FILE).is_file():
+        return BPETokenizer(path / BPE_FILE)
+    hugging_face = (path / "tokenizer.json").is_file()
+    other = " Its tokenizer.json is Hugging Face's form of it, which is not read." if hugging_face else ""
+    raise FileNotFoundError(
+        f"no tokenizer in {path}: neither {BPE_FILE} nor {BYTES_FILE} is there.{other} Meta publishes {BPE_FILE} with "
+        f"the weights and in the PyPI package llama-models."
+    )
+
+
+def utf8(text: str) -> bytes:
+    """The text as UTF-8, with U+FFFD for a lone surrogate (and surrogate pairs joined)."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+# tiktoken fails on longer texts, and takes quadratic time on longer runs. The numbers are part of the tokenizer: other
+# cuts would give other ids.
+_MAX_TEXT = 400_000
+_MAX_RUN = 25_000
+_RUN = re.compile(r"\s+|\S+")
+_SPACE = re.compile(r"\s")
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """The text in pieces of at most `_MAX_TEXT` characters with no run of space, or of no space, above `_MAX_RUN`."""
+    for first in range(0, len(text), _MAX_TEXT):
+        part = text[first : first + _MAX_TEXT]
+        start = 0
+        if _may_have_long_run(part):
+            for run in _RUN.finditer(part):
+                for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
+                    yield part[start:cut]
+                    start = cut
+        yield part[start:]
+
+
+def _may_have_long_run(text: str) -> bool:
+    """False is certain: a run above the limit covers a whole block of half its length. Quick on ordinary text."""
+    half = _MAX_RUN // 2
+    blocks = (text[i : i + half] for i in range(0, len(text) - half + 1, half))
+    return any(block.isspace() or not _SPACE.search(block) for block in blocks)
+
+
+def _read_ranks(file: bytes, path: epath.Path) -> dict[bytes, int]:
+    """The lines `base64 rank` of a tokenizer.model: piece to rank, which is its id and its merge priority."""
+    ranks = {}
+    for number, line in enumerate(file.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged, or no tokenizer.model: line {number} should be a base64 string and a number, "
+                f"and is {line[:40]!r}."
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(
+            f"{path} is damaged: its numbers should be 0 to {len(ranks) - 1}, each once, and every byte be there."
+        )
+    return ranks
+
+
+def _read_byte_tokenizer(path: epath.Path) -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    try:
+        said = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}.") from error
+    if said != {"type": "bytes", "vocab_size": tokenizer.vocab_size}:
+        raise ValueError(f"{path} describes another tokenizer: {said}. This version has {tokenizer.vocab_size} ids.")
+    return tokenizer
+
+
+def _replace(path: epath.Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, so that a run killed here leaves no half of a tokenizer."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)

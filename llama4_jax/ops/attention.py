@@ -1,0 +1,107 @@
+"""Attention of new queries to new or cached keys: one meaning, several implementations.
+
+`attention_reference.py` says what it means. `flash_attention.py` computes it in blocks, for training and prefill;
+`decode_attention` below in one pass, for few queries against a long cache. A platform's own kernel is one more entry
+in `IMPLEMENTATIONS` and a line in `_choose`; the tests run over all entries.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.ops.attention_reference import HIDDEN, attention_reference, visible
+from llama4_jax.ops.flash_attention import flash_attention
+
+DECODE_QUERIES = 8  # at most: their scores are small beside the keys
+
+
+def decode_attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None,
+    k_segments: Int[Array, "B S"] | None,
+    chunk: int | None,
+    scale: float,
+) -> Float[Array, "B N T H"]:
+    """Reads each key and value once, as they are: not repeated for the heads of a group, not cast, not copied."""
+    num_queries = q.shape[2]
+    if q.shape[1] == k.shape[1] and num_queries == 1:
+        # XLA on a CPU casts all keys to float32 before a bfloat16 product with a single row, but not with two.
+        q, q_positions = (jnp.concatenate([x, x], axis) for x, axis in ((q, 2), (q_positions, 1)))
+        q_segments = None if q_segments is None else jnp.concatenate([q_segments, q_segments], axis=1)
+    seen = visible(q_positions, k_positions, q_segments, k_segments, chunk)[:, None, None]
+    rows = rearrange(q, "b (k g) t h -> b k (g t) h", k=k.shape[1])
+    scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32) * scale
+    scores = rearrange(scores, "b k (g t) s -> b k g t s", t=q.shape[2])
+    weights = jax.nn.softmax(jnp.where(seen, scores, HIDDEN), axis=-1) * seen
+    weights = rearrange(weights, "b k g t s -> b k (g t) s").astype(v.dtype)
+    out = jnp.einsum("bkms,bksh->bkmh", weights, v, preferred_element_type=jnp.float32)
+    return rearrange(out, "b k (g t) h -> b (k g) t h", t=q.shape[2]).astype(q.dtype)[:, :, :num_queries]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B N T H"]]] = {
+    "reference": attention_reference,
+    "flash": flash_attention,
+    "decode": decode_attention,
+}
+
+
+def _choose(num_queries: int) -> str:
+    return "decode" if num_queries <= DECODE_QUERIES else "flash"
+
+
+def attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+    chunk: int | None = None,
+    scale: float,
+    implementation: str = "auto",
+) -> Float[Array, "B N T H"]:
+    """Causal attention, grouped: query head n reads kv head n // (N // K). Returns the dtype of `q`.
+
+    A query sees a key of the same segment, at its own position or before, in the same chunk of `chunk` positions
+    (None: however far back). Positions count from the start of a token's document, in any order along T and S; a
+    negative one marks padding or an empty cache slot, whose keys must be finite. A query that sees no key returns 0,
+    with zero gradients. Scores are multiplied by `scale` > 0; softmax and sums are float32.
+
+    `implementation`: a name in `IMPLEMENTATIONS`, or "auto". Raises ValueError for an unknown one, and for arguments
+    that do not fit together.
+    """
+    if implementation not in (known := ("auto", *IMPLEMENTATIONS)):
+        raise ValueError(f"attention: implementation must be one of {', '.join(known)}, got {implementation!r}.")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention: {q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; "
+            f"the first must be a multiple of the second."
+        )
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("attention: give both q_segments and k_segments, or neither.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"attention: chunk must be at least 1, or None for no limit, got {chunk}.")
+    if scale <= 0:
+        raise ValueError(f"attention: scale must be positive, got {scale}.")
+    name = _choose(q.shape[2]) if implementation == "auto" else implementation
+    return IMPLEMENTATIONS[name](
+        q,
+        k,
+        v,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        q_segments=q_segments,
+        k_segments=k_segments,
+        chunk=chunk,
+        scale=scale,
+    )

@@ -1,0 +1,268 @@
+"""Attention in blocks, in plain JAX: scores never exist whole, and a block without a visible pair is never computed.
+
+The online softmax is FlashAttention's (Dao et al. 2022, algorithm 1; backward: algorithm 4), with the backward pass in
+one sweep that recomputes the probabilities from the saved log-sum-exp.
+
+Which blocks are computed follows from positions and segments at run time, so packed rows, caches with holes and chunks
+need no case of their own: `plan_blocks` lists, for each block of queries, the blocks of keys with a visible pair; the
+loops run over those lists and nothing else, forward and backward. Blocks that are visible whole come first in a list,
+and skip the mask.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from llama4_jax.ops.attention_reference import first_visible
+
+BLOCK = 256  # tokens; the scores of one block and all its heads should stay in the caches of a CPU
+SMALLEST_BLOCK = 64  # below, the loop costs more than the hidden part of a block
+BIG = jnp.iinfo(jnp.int32).max
+
+
+class Queries(NamedTuple):
+    """A query sees the keys of its segment whose position is in [first, last]."""
+
+    first: Int[Array, "B T"]
+    last: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+
+
+class Keys(NamedTuple):
+    positions: Int[Array, "B S"]  # negative: empty
+    segments: Int[Array, "B S"]
+
+
+class BlockPlan(NamedTuple):
+    """For each block of queries: which blocks of keys to compute, in any row of the batch."""
+
+    order: Int[Array, "I J"]  # indices of key blocks: whole ones, then partly visible ones, then the hidden
+    num_whole: Int[Array, " I"]  # how many are visible whole, in every row
+    num_visible: Int[Array, " I"]  # how many may have a visible pair in some row
+
+
+class _Extent(NamedTuple):
+    """What a block of tokens spans. `at_low` and `at_high`: among the tokens of its lowest and highest segment only.
+
+    Rows of contiguous documents share one segment between two blocks, at the end of one and the start of the other.
+    With the extents at both ends the test below is exact for them, though positions restart with each document.
+    """
+
+    segments: Int[Array, "B n"]  # bit s % 32 is set if segment s is there
+    low_segment: Int[Array, "B n"]
+    high_segment: Int[Array, "B n"]
+    whole: tuple[Int[Array, "B n"], Int[Array, "B n"]]  # least and greatest position
+    at_low: tuple[Int[Array, "B n"], Int[Array, "B n"]]
+    at_high: tuple[Int[Array, "B n"], Int[Array, "B n"]]
+
+
+def _extent(least: Int[Array, "B X"], greatest: Int[Array, "B X"], segments: Int[Array, "B X"], block: int) -> _Extent:
+    least, greatest, segments = (x.reshape(x.shape[0], -1, block) for x in (least, greatest, segments))
+    real = greatest >= 0
+    bits = jnp.bitwise_or.reduce(jnp.where(real, 1 << (segments % 32), 0), axis=-1)
+    low = jnp.where(real, segments, BIG).min(-1)
+    high = jnp.where(real, segments, -BIG).max(-1)
+
+    def span(among: Bool[Array, "B n block"]):
+        return jnp.where(among, least, BIG).min(-1), jnp.where(among, greatest, -1).max(-1)
+
+    at_low, at_high = span(real & (segments == low[..., None])), span(real & (segments == high[..., None]))
+    return _Extent(bits, low, high, span(real), at_low, at_high)
+
+
+def _span_at(x: _Extent, segment: Int[Array, "..."], one: Bool[Array, "..."]) -> tuple[Array, Array]:
+    """Least and greatest position among the tokens of `segment` where `one`; a superset where that is not known."""
+    is_low, is_high = one & (segment == x.low_segment), one & (segment == x.high_segment)
+    least, greatest = (
+        jnp.where(is_low, low, jnp.where(is_high, high, whole))
+        for low, high, whole in zip(x.at_low, x.at_high, x.whole, strict=True)
+    )
+    return least, greatest
+
+
+def plan_blocks(queries: Queries, keys: Keys, block_q: int, block_k: int) -> BlockPlan:
+    """Needs O(T/block_q · S/block_k) work and memory. Never misses a visible pair, and is exact where segments and the
+    positions in them are contiguous; elsewhere it may list a block without one, which costs time only."""
+    q = _extent(queries.first, queries.last, queries.segments, block_q)
+    k = _extent(keys.positions, keys.positions, keys.segments, block_k)
+    q, k = (jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis), e) for e, axis in ((q, 2), (k, 1)))
+
+    # Segments that both blocks may hold are in [low, high]; if that is one, only its positions count.
+    low, high = jnp.maximum(q.low_segment, k.low_segment), jnp.minimum(q.high_segment, k.high_segment)
+    (q_first, q_last), (k_least, k_greatest) = _span_at(q, low, low == high), _span_at(k, low, low == high)
+    share = (low <= high) & (q.segments & k.segments != 0)
+    seen = (share & (k_least <= q_last) & (k_greatest >= q_first)).any(0)
+
+    # Whole: one segment, and the keys' positions are in every query's interval. No token may be padding.
+    def blocks(x, block):
+        return x.reshape(x.shape[0], -1, block)
+
+    latest_first = blocks(queries.first, block_q).max(-1)[:, :, None]
+    earliest_last = blocks(queries.last, block_q).min(-1)[:, :, None]
+    earliest_key = blocks(keys.positions, block_k).min(-1)[:, None, :]
+    one_segment = (q.low_segment == q.high_segment) & (k.low_segment == k.high_segment) & (low == high)
+    whole = (one_segment & (earliest_key >= latest_first) & (k.whole[1] <= earliest_last)).all(0)
+
+    order = jnp.argsort(jnp.where(seen, jnp.where(whole, 0, 1), 2), axis=1, stable=True)
+    return BlockPlan(order.astype(jnp.int32), (seen & whole).sum(1), seen.sum(1))
+
+
+def _dot(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+# Below, i counts blocks of queries, t and s are tokens in a block, and m = (g t): the query heads of a group are rows
+# of one product with their shared keys. Batch and kv heads stay two axes, so that each can be sharded.
+
+
+def _query_blocks(x: Float[Array, "B N T ..."], kv_heads: int, block: int) -> Float[Array, "I B K M ..."]:
+    return rearrange(x, "b (k g) (i t) ... -> i b k (g t) ...", k=kv_heads, t=block)
+
+
+def _from_query_blocks(x: Float[Array, "I B K M ..."], block: int) -> Float[Array, "B N T ..."]:
+    return rearrange(x, "i b k (g t) ... -> b (k g) (i t) ...", t=block)
+
+
+def _scores(q: Float[Array, "B K M H"], k: Float[Array, "B K s H"], seen: Bool[Array, "B t s"] | None):
+    """Not yet scaled; -inf where hidden."""
+    scores = _dot("bkmh,bksh->bkms", q, k)
+    if seen is None:
+        return scores
+    by_head = rearrange(scores, "b k (g t) s -> b k g t s", t=seen.shape[1])
+    return jnp.where(seen[:, None, None], by_head, -jnp.inf).reshape(scores.shape)
+
+
+def _loop(plan: BlockPlan, keys: Keys, queries: Queries, block_k: int, step, carry):
+    """`step(carry, start, seen)` over the visible blocks of keys of one block of queries."""
+
+    def body(masked: bool, n, carry):
+        start = plan.order[n] * block_k
+        seen = None
+        if masked:
+            p, s = (lax.dynamic_slice_in_dim(x, start, block_k, axis=1)[:, None, :] for x in keys)
+            first, last, segments = (x[:, :, None] for x in queries)
+            seen = (p >= first) & (p <= last) & (s == segments)
+        return step(carry, start, seen)
+
+    carry = lax.fori_loop(0, plan.num_whole, partial(body, False), carry)
+    return lax.fori_loop(plan.num_whole, plan.num_visible, partial(body, True), carry)
+
+
+def _split_queries(queries: Queries, block: int):
+    return Queries(*(rearrange(x, "b (i t) -> i b t", t=block) for x in queries))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _flash(q, k, v, queries, keys, plan, scale, block_q, block_k):
+    return _flash_forward(q, k, v, queries, keys, plan, scale, block_q, block_k)[0]
+
+
+def _flash_forward(q, k, v, queries, keys, plan, scale, block_q, block_k):
+    def one_block(_, x):
+        q, queries, plan = x
+
+        def step(carry, start, seen):
+            peak, total, out = carry
+            k_block, v_block = (lax.dynamic_slice_in_dim(x, start, block_k, axis=2) for x in (k, v))
+            scores = _scores(q, k_block, seen)
+            new_peak = jnp.maximum(peak, scores.max(-1))
+            p = jnp.exp((scores - new_peak[..., None]) * scale)
+            shrink = jnp.exp((peak - new_peak) * scale)
+            total = total * shrink + p.sum(-1)
+            out = out * shrink[..., None] + _dot("bkms,bksh->bkmh", p.astype(v.dtype), v_block)
+            return new_peak, total, out
+
+        rows = q.shape[:-1]
+        # A finite first peak: where all keys are hidden, -inf minus it is -inf, not NaN.
+        carry = jnp.full(rows, -1e30), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32)
+        peak, total, out = _loop(plan, keys, queries, block_k, step, carry)
+        nothing = total == 0
+        out = out / jnp.where(nothing, 1, total)[..., None]
+        # +inf: the backward pass then finds probabilities of exactly 0.
+        lse = jnp.where(nothing, jnp.inf, peak * scale + jnp.log(total))
+        return None, (out.astype(q.dtype), lse)
+
+    blocks = _query_blocks(q, k.shape[1], block_q), _split_queries(queries, block_q), plan
+    _, (out, lse) = lax.scan(one_block, None, blocks)
+    out, lse = _from_query_blocks(out, block_q), _from_query_blocks(lse, block_q)
+    return out, (q, k, v, out, lse, queries, keys, plan)
+
+
+def _flash_backward(scale, block_q, block_k, residuals, d_out):
+    q, k, v, out, lse, queries, keys, plan = residuals
+    # Σ_s p_s dp_s, since out = Σ_s p_s v_s
+    mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+
+    def one_block(d_kv, x):
+        q, d_out, lse, mean, queries, plan = x
+
+        def step(carry, start, seen):
+            dq, dk, dv = carry
+            block_of = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block_k, axis=2)
+            k_block, v_block = block_of(k), block_of(v)
+            p = jnp.exp(_scores(q, k_block, seen) * scale - lse[..., None])
+            dp = _dot("bkmh,bksh->bkms", d_out, v_block)
+            ds = (p * (dp - mean[..., None])).astype(q.dtype)
+
+            def add(total, x):
+                return lax.dynamic_update_slice_in_dim(total, block_of(total) + x, start, axis=2)
+
+            dv = add(dv, _dot("bkms,bkmh->bksh", p.astype(q.dtype), d_out))
+            dk = add(dk, _dot("bkms,bkmh->bksh", ds, q))
+            return dq + _dot("bkms,bksh->bkmh", ds, k_block), dk, dv
+
+        carry = jnp.zeros(q.shape, jnp.float32), *d_kv
+        dq, *d_kv = _loop(plan, keys, queries, block_k, step, carry)
+        return tuple(d_kv), (dq * scale).astype(q.dtype)
+
+    blocks = tuple(_query_blocks(x, k.shape[1], block_q) for x in (q, d_out, lse, mean))
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    (dk, dv), dq = lax.scan(one_block, zeros, (*blocks, _split_queries(queries, block_q), plan))
+    return _from_query_blocks(dq, block_q), (dk * scale).astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _pad(x: Array, axis: int, multiple: int, value=0) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def flash_attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None,
+    k_segments: Int[Array, "B S"] | None,
+    chunk: int | None,
+    scale: float,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> Float[Array, "B N T H"]:
+    """Saves q, k, v, the output and one float32 a query and head for the backward pass.
+
+    `block_q`, `block_k`: tokens of a block; None: a good size for the chunk.
+    """
+    if q_segments is None:
+        q_segments, k_segments = jnp.zeros_like(q_positions), jnp.zeros_like(k_positions)
+    num_queries = q.shape[2]
+    # A block larger than a chunk is mostly hidden.
+    block = BLOCK if chunk is None else min(BLOCK, max(SMALLEST_BLOCK, chunk))
+    block_q, block_k = min(block_q or block, num_queries), min(block_k or block, k.shape[2])
+    # Padding has position -1: as a query it sees nothing, as a key nothing sees it.
+    q, (k, v) = _pad(q, 2, block_q), (_pad(x, 2, block_k) for x in (k, v))
+    q_positions, k_positions = _pad(q_positions, 1, block_q, -1), _pad(k_positions, 1, block_k, -1)
+    queries = Queries(first_visible(q_positions, chunk), q_positions, _pad(q_segments, 1, block_q))
+    keys = Keys(k_positions, _pad(k_segments, 1, block_k))
+    plan = plan_blocks(queries, keys, block_q, block_k)
+    return _flash(q, k, v, queries, keys, plan, scale, block_q, block_k)[:, :, :num_queries]

@@ -1,0 +1,186 @@
+"""Each row times the matrix of its group: what a mixture of experts spends its time on.
+
+The rows come sorted by group, so every group is one contiguous block of rows and one ordinary matrix product; no
+token is dropped and none is multiplied by an expert it did not choose. Only the block heights are a problem: they
+are known at run time, and XLA compiles fixed shapes. (`lax.ragged_dot` has the same semantics, but outside TPUs it
+computes every row with every expert.)
+
+"blocks", the portable implementation, compiles the product for a short list of heights. A group takes the smallest
+height that holds it, and of the rows computed only the group's own are kept. There is one loop per height, over the
+groups that take it: thus every group in use costs one product and one look at its weights, and the others nothing,
+from one row (decoding) to many thousands (training).
+
+Written for how XLA compiles such loops, on a CPU above all, where a step is bound by the copies it makes:
+- A `lax.switch` over the heights would copy the whole result at every turn. A loop updates it in place.
+- XLA:CPU moves 16-bit floats by way of float32. Unasked, it converts all experts before the loop, and rewrites the
+  whole result at every turn: see `_slice` and `_as_bits`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+
+def grouped_matmul(
+    x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"], *, implementation: str = "auto"
+) -> Float[Array, "R O"]:
+    """Rows [sum(group_sizes[:e]), sum(group_sizes[:e + 1])) of x, times w[e]. Rows after the last group give 0.
+
+    Args:
+        x: rows, sorted by group.
+        w: one matrix a group. Where its dtype is not x's, it is cast, one group at a time.
+        group_sizes: how many rows each group has; zeros are fine. Their sum must not exceed R.
+        implementation: a key of IMPLEMENTATIONS, or "auto": the best one for the platform it is compiled for.
+
+    Returns the products in x's dtype, summed in float32. So are both gradients; w's is in w's dtype.
+    Raises ValueError for an unknown implementation.
+    """
+    if implementation == "auto":
+        others = {platform: IMPLEMENTATIONS[name] for platform, name in PLATFORM_DEFAULTS.items()}
+        return lax.platform_dependent(x, w, group_sizes, **others, default=blocks)
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise ValueError(f"unknown grouped_matmul implementation {implementation!r}: expected one of {known}.")
+    return IMPLEMENTATIONS[implementation](x, w, group_sizes)
+
+
+def reference(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """Every row times every matrix, then the right one picked: E times the work, and obviously right."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(x.shape[0])[:, None]
+    chosen = (row >= ends - group_sizes) & (row < ends)
+    every = jnp.einsum("RI,EIO->REO", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.sum(jnp.where(chosen[:, :, None], every, 0), axis=1).astype(x.dtype)
+
+
+def blocks(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """One product a group, of the smallest compiled height that holds it."""
+    if x.shape[0] == 1:  # XLA:CPU has no fast product of a single row; in 16 bits it is 10 times slower than of two
+        return _blocks(jnp.pad(x, ((0, 1), (0, 0))), w, group_sizes)[:1]
+    return _blocks(x, w, group_sizes)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "blocks": blocks}
+# What "auto" means on the platforms ("cpu", "tpu", "cuda", "rocm") where it is not "blocks".
+PLATFORM_DEFAULTS: dict[str, str] = {}
+
+
+@jax.custom_vjp
+def _blocks(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    def multiply(out: Shaped[Array, "R O"], block: _Block) -> Shaped[Array, "R O"]:
+        rows = _slice(x, block.first_row, block.height)
+        matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
+        return _write_rows(out, block, _float32_sum(rows, matrix, contract=(1, 0)).astype(x.dtype))
+
+    zeros = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
+    return _from_bits(_fold_groups(multiply, _as_bits(zeros), group_sizes, x.shape[0]), x.dtype)
+
+
+def _blocks_forward(x, w, group_sizes):
+    return _blocks(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _blocks_backward(operands, g):
+    x, w, group_sizes = operands
+
+    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E I O"]], block: _Block):
+        x_grad, w_grad = grads
+        g_rows = jnp.where(block.is_inside, _slice(g, block.first_row, block.height), 0)
+        x_rows = jnp.where(block.is_inside, _slice(x, block.first_row, block.height), 0)
+        matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
+        x_grad = _write_rows(x_grad, block, _float32_sum(g_rows, matrix, contract=(1, 1)).astype(x.dtype))
+        w_new = _as_bits(_float32_sum(x_rows, g_rows, contract=(0, 0)).astype(w.dtype))
+        return x_grad, lax.dynamic_update_index_in_dim(w_grad, w_new, block.group, 0, allow_negative_indices=False)
+
+    zeros = _as_bits(jnp.zeros_like(x)), _as_bits(jnp.zeros_like(w))
+    x_grad, w_grad = _fold_groups(multiply, zeros, group_sizes, x.shape[0])
+    return _from_bits(x_grad, x.dtype), _from_bits(w_grad, w.dtype), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+class _Block(NamedTuple):
+    """A group's rows, rounded up to a height that is compiled."""
+
+    group: Int[Array, ""]
+    first_row: Int[Array, ""]
+    height: int
+    is_inside: Bool[Array, "height 1"]  # which rows are the group's own
+
+
+def _heights(num_rows: int, num_groups: int) -> list[int]:
+    """The block heights worth compiling, ascending, up to num_rows: each about 4/3 of the one before.
+
+    Steps of 4/3 waste a seventh of the work; finer ones take longer to compile than they save. There are none below
+    a quarter of the mean group (or 8 rows): what such a group costs is the reading of its weights, not its rows.
+    """
+    smallest = max(8, num_rows // (4 * num_groups))
+    heights = [num_rows]
+    while heights[0] > smallest:
+        lower = heights[0] * 3 // 4 // 8 * 8
+        heights.insert(0, max(8, lower))
+    return heights
+
+
+def _fold_groups(step: Callable, out, group_sizes: Int[Array, " E"], num_rows: int):
+    """out = step(out, block) for the block of every group that has rows, in no particular order."""
+    heights = _heights(num_rows, group_sizes.shape[0])
+    # The index of each group's height. Groups without rows come last, and are never reached.
+    height_of = jnp.sum(group_sizes[:, None] > jnp.array(heights), axis=1)
+    height_of = jnp.where(group_sizes > 0, height_of, len(heights))
+    order = jnp.argsort(height_of)
+    last_of_height = jnp.sum(height_of[:, None] <= jnp.arange(len(heights)), axis=0, dtype=jnp.int32)
+    ends = jnp.cumsum(group_sizes)
+    plan = jnp.stack([order, (ends - group_sizes)[order], ends[order]]).astype(jnp.int32)
+
+    def fold_height(height, last, turn, out):
+        def body(carry):
+            turn, out = carry
+            group, start, end = _slice(plan, turn, 1, axis=1)[:, 0]
+            first_row = jnp.minimum(start, num_rows - height)
+            row = first_row + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
+            return turn + 1, step(out, _Block(group, first_row, height, (row >= start) & (row < end)))
+
+        return lax.while_loop(lambda carry: carry[0] < last, body, (turn, out))
+
+    turn = jnp.int32(0)
+    for height, last in zip(heights, last_of_height, strict=True):
+        turn, out = fold_height(height, last, turn, out)
+    return out
+
+
+def _float32_sum(a: Float[Array, "..."], b: Float[Array, "..."], *, contract: tuple[int, int]) -> Float[Array, "..."]:
+    """Sums over dimension contract[0] of a and contract[1] of b, in float32."""
+    numbers = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+
+def _write_rows(out: Shaped[Array, "R N"], block: _Block, y: Float[Array, "height N"]) -> Shaped[Array, "R N"]:
+    """Writes the group's own rows of the block into out."""
+    old = lax.dynamic_slice_in_dim(out, block.first_row, block.height, allow_negative_indices=False)
+    new = jnp.where(block.is_inside, _as_bits(y), old)
+    return lax.dynamic_update_slice_in_dim(out, new, block.first_row, 0, allow_negative_indices=False)
+
+
+def _slice(array: Shaped[Array, "..."], start: Int[Array, ""], size: int, axis: int = 0) -> Shaped[Array, "..."]:
+    """`size` entries of the array from `start` on, read inside the loop that this is in.
+
+    XLA:CPU slices 16-bit floats as slice(float32(array)) and then moves float32(array), which does not change, out
+    of the loop: a float32 copy of all experts. The barrier ties the array to this turn's `start`.
+    """
+    array, start = lax.optimization_barrier((array, start))
+    return lax.dynamic_slice_in_dim(array, start, size, axis, allow_negative_indices=False)
+
+
+def _as_bits(x: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """16-bit floats as integers, which XLA:CPU updates in place. Other dtypes as they are."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _from_bits(x: Shaped[Array, "*shape"], dtype) -> Float[Array, "*shape"]:
+    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x

@@ -1,0 +1,321 @@
+"""READ SECOND. A whole run: mesh → data → state → (batch → step → log → evaluate → save)* → a sample.
+
+A run can die anywhere. Everything a resume needs is in one checkpoint (parameters, optimizer, place in the data, step,
+config), and the same command resumes it, with the same numbers bit for bit on the same mesh.
+"""
+
+import contextlib
+import math
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llama4_jax.config import RunConfig, differences, from_json, to_json
+from llama4_jax.data.batch import Batch
+from llama4_jax.data.loader import Loader, make_loader, merge_states
+from llama4_jax.infer.generate import generate
+from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
+from llama4_jax.model.flops import count_parameters, train_flops_per_token
+from llama4_jax.ops.cross_entropy import token_nll
+from llama4_jax.train.metrics import Log, figures, peak_flops
+from llama4_jax.train.next_token import next_token
+from llama4_jax.train.optimizer import learning_rate
+from llama4_jax.train.stage import Stage
+from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
+from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
+from sharding import activation_sharding, make_mesh
+
+PROFILED_STEPS = range(5, 8)  # after the first step's compilation, and while the run is still short
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def train(config: RunConfig) -> Path:
+    """Trains, or goes on training, the run of `config`; returns its directory.
+
+    Raises ValueError for a config that does not fit the machine, the data or the run that is there already; OSError if
+    a checkpoint cannot be written; NotFinite. Whatever is raised, the run can be resumed from its last checkpoint.
+    """
+    config.check_mesh(jax.device_count())
+    mesh = make_mesh(config.mesh)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
+            f"data.tokenizer={config.data.tokenizer!r})."
+        )
+    trainer = make_trainer(config, mesh, next_token)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = make_loader(config.data, tokenizer, split="train", **processes)
+    heldout = None
+    if config.data.heldout_fraction:
+        heldout = make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **processes)
+    run = prepare_directory(config, tokenizer)
+    checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
+    with jax.set_mesh(mesh), stop_signals() as stop, contextlib.closing(checkpoints):
+        state = restore(trainer, checkpoints, batches)
+        with contextlib.closing(Log(run, first_step=int(state.step), steps=config.steps)) as log:
+            describe(config, trainer, int(state.step), log)
+            stage = Stage(batches, next_token)
+            state = run_steps(config, trainer, stage, heldout, state, checkpoints, log, run, stop)
+        if int(state.step) == config.steps:
+            show_sample(config, trainer, state, tokenizer, run, log)
+    return run
+
+
+def prepare_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
+    """Makes the run's directory, or checks that what is there is the same run."""
+    run = Path(config.run_dir) / config.name
+    path = run / "config.json"
+    if path.exists():
+        changed = differences(from_json(path.read_text()), config)
+        if changed:
+            raise ValueError(
+                f"{run} holds a run with another config. It differs in:\n  "
+                + "\n  ".join(changed)
+                + f"\nGive this run another --name, or remove {run} to start anew."
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run)
+    path.write_text(to_json(config))
+    return run
+
+
+def restore(trainer: Trainer, checkpoints: Checkpoints, batches: Loader) -> TrainState:
+    """The state of the newest checkpoint, with `batches` put where it was; or a new state."""
+
+    def abstract():
+        return split_leaves(trainer.abstract)
+
+    saved = checkpoints.newest(abstract=abstract)
+    if saved is None:
+        return trainer.init()
+    batches.set_state(merge_states(saved.progress["data"]))
+    return with_leaves(trainer.abstract, {**saved.model, **saved.training})
+
+
+def split_leaves(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state's arrays by name: the model's, and all others."""
+    leaves = named_leaves(state)
+    model = {name for name in leaves if name.startswith(("params.", "bias."))}
+    return (
+        {name: leaf for name, leaf in leaves.items() if name in model},
+        {name: leaf for name, leaf in leaves.items() if name not in model},
+    )
+
+
+def run_steps(
+    config: RunConfig,
+    trainer: Trainer,
+    stage: Stage,
+    heldout: Loader | None,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    log: Log,
+    run: Path,
+    stop: Callable[[], bool],
+) -> TrainState:
+    """The loop. Figures are read one logging interval late, so that the devices never wait for the console."""
+    evaluate = make_evaluation(trainer)
+    schedule = learning_rate(config.optimizer, config.steps)
+    rate = Rate(config, peak_flops(trainer.mesh.size))
+    first = step = int(state.step)
+    pending: tuple[int, StepMetrics] | None = None
+
+    def report() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        at, metrics = pending
+        pending = None
+        values = figures(metrics)
+        if int(metrics.bad_steps) >= config.max_bad_steps:
+            raise NotFinite(
+                f"the loss or its gradient was not finite in {int(metrics.bad_steps)} steps in a row, up to step {at}. "
+                f"These updates were left out, so the last checkpoint ({checkpoints.steps()[-1:] or 'none'}) is sound. "
+                f"Lower optimizer.peak_lr, lengthen optimizer.warmup_steps, or look at the data of these steps."
+            )
+        values |= {"learning_rate": float(schedule(at - 1)), **rate.take(at)}
+        log.write(at, values)
+        log.show(at, summary(values))
+
+    def save() -> None:
+        if step in checkpoints.steps():
+            return
+        model, training = split_leaves(state)
+        places = all_processes(stage.batches.get_state())
+        checkpoints.save(step, model, training, {"step": step, "data": places})
+
+    while step < config.steps and not stop():
+        with profile(config, run, step - first):
+            batch = on_devices(next(stage.batches), trainer)
+            state, metrics = trainer.step(state, batch, stage.frozen)
+        step += 1
+        log.advance(step)
+        if step == first + 1:
+            jax.block_until_ready(state)
+            rate.start(step)  # the first step compiles
+        if step % config.log_every == 0 or step == config.steps:
+            report()
+            pending = (step, metrics)
+        if heldout is not None and (step % config.eval_every == 0 or step == config.steps):
+            report()
+            bits = evaluate(state, heldout)
+            log.write(step, {"heldout_bits_per_byte": bits})
+            log.say(f"step {step}: held-out {bits:.4f} bits per byte")
+            rate.start(step)
+        if step % config.checkpoint_every == 0 and step < config.steps:
+            report()  # so that what is logged up to here is on disk before the checkpoint says that it was done
+            save()
+    report()
+    save()
+    checkpoints.wait()
+    if step < config.steps:
+        log.say(f"stopped at step {step}, which is saved; the same command goes on from there.")
+    return state
+
+
+class Rate:
+    """Tokens a second since the last report, and the share of the machine's peak that the model's operations are."""
+
+    def __init__(self, config: RunConfig, peak: float | None):
+        self._tokens_per_step = config.data.batch_size * config.data.seq_len
+        self._flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
+        self._peak = peak
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def take(self, step: int) -> dict[str, float]:
+        seconds, steps = time.perf_counter() - self._time, step - self._step
+        self.start(step)
+        if steps <= 0:
+            return {}
+        tokens_per_second = steps * self._tokens_per_step / seconds
+        values = {"tokens_per_second": tokens_per_second}
+        if self._peak is not None:
+            values["mfu"] = tokens_per_second * self._flops_per_token / self._peak
+        return values
+
+
+def summary(values: dict[str, float]) -> str:
+    parts = [f"loss {values['loss']:.3f}", f"{values['bits_per_byte']:.3f} bits/byte"]
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.0%}")
+    if "max_violation" in values:
+        parts.append(f"MaxVio {values['max_violation']:.2f} dead {values['dead_experts']:.1f}")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    return "  ".join(parts)
+
+
+def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Loader], float]:
+    """Bits per byte of held-out data: all its nats, in bits, over all its bytes."""
+
+    @jax.jit
+    def sums(params: nnx.State, bias: nnx.State, batch: Batch):
+        model = nnx.merge(trainer.graphdef, params, bias)
+        hidden, _ = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        nll = token_nll(hidden, model.lm_head.kernel[...], batch.targets)
+        return jnp.sum(nll * batch.weights), jnp.sum(batch.target_bytes)
+
+    def evaluate(state: TrainState, heldout: Loader) -> float:
+        nats, length = 0.0, 0
+        for batch in heldout:
+            batch_nats, batch_bytes = sums(state.params, state.bias, on_devices(batch, trainer))
+            nats, length = nats + float(batch_nats), length + int(batch_bytes)
+        return nats / math.log(2) / length
+
+    return evaluate
+
+
+def on_devices(batch: Batch, trainer: Trainer) -> Batch:
+    """This process's rows as part of the global batch, split over the mesh."""
+    sharding = activation_sharding(("batch", "seq"), trainer.mesh)
+    return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
+
+
+def all_processes(state: dict) -> list[dict]:
+    """Every process's place in the data, for a checkpoint that any number of processes can resume."""
+    if jax.process_count() == 1:
+        return [state]
+    import json
+
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.array(text.size))))
+    padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within it, SIGTERM and the first Ctrl-C ask the run to save and end; gives a function that says if one came."""
+    received: list[int] = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, previous[number])  # a second one is taken at its word
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def profile(config: RunConfig, run: Path, since_start: int):
+    """With --profile, records a few steps for TensorBoard or Perfetto."""
+    if config.profile and since_start == PROFILED_STEPS.start:
+        jax.profiler.start_trace(str(run / "profile"))
+    yield
+    if config.profile and since_start == PROFILED_STEPS.stop - 1:
+        jax.effects_barrier()
+        jax.profiler.stop_trace()
+
+
+def describe(config: RunConfig, trainer: Trainer, step: int, log: Log) -> None:
+    count = count_parameters(config.model)
+    mesh = ", ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items() if size > 1) or "one device"
+    log.say(
+        f"{config.name}: {count.total / 1e6:,.1f} M parameters, {count.active / 1e6:,.1f} M of them active; "
+        f"{config.data.batch_size} x {config.data.seq_len} tokens a step; mesh: {mesh}"
+    )
+    if step:
+        log.say(f"resumed at step {step} of {config.steps}")
+
+
+def show_sample(
+    config: RunConfig, trainer: Trainer, state: TrainState, tokenizer: Tokenizer, run: Path, log: Log
+) -> None:
+    """Something that the trained model writes, and the command for more."""
+    model = nnx.merge(trainer.graphdef, state.params, state.bias)
+    prompt = tokenizer.encode(config.sample_prompt, bos=True)
+    room = config.model.context_length - len(prompt)
+    (tokens,) = generate(
+        model,
+        [prompt],
+        max_new_tokens=min(config.sample_tokens, room),
+        temperature=0.7,
+        top_p=0.9,
+        stop_ids=tokenizer.stop_ids,
+    )
+    log.say(f"\n{config.sample_prompt}{tokenizer.decode(tokens, skip_special=True)}\n")
+    log.say(f"More of it:\n  python infer.py generate {run} --prompt {shlex.quote(config.sample_prompt)} "
+            f"--max-new-tokens {config.sample_tokens} --temperature 0.7 --top-p 0.9")  # fmt: skip

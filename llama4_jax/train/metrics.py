@@ -1,0 +1,146 @@
+"""Where a run's figures go: the console, metrics.jsonl and TensorBoard. And how fast the machine could be, for MFU."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llama4_jax.train.step import StepMetrics
+
+# Dense bfloat16 operations a second of one chip, as published by its maker.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+}
+
+
+def peak_flops(num_devices: int) -> float | None:
+    """Operations a second that the devices could do at best; None where that is not known.
+
+    Of a CPU it is measured, in float32: its virtual devices share one machine.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _measured_cpu_flops()
+    peak = _PEAK_FLOPS.get(device.device_kind)
+    return None if peak is None else peak * num_devices
+
+
+def _measured_cpu_flops(size: int = 2048, rounds: int = 5) -> float:
+    x = jnp.ones((size, size), jnp.float32, device=jax.devices("cpu")[0])
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x))
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def figures(metrics: StepMetrics) -> dict[str, float]:
+    """The metrics of one step as numbers, under the names they have in metrics.jsonl."""
+    got = jax.device_get(metrics)
+    loss, target_bytes = float(got.loss), float(got.target_bytes)
+    values = {
+        "loss": loss,
+        "bits_per_byte": loss * float(got.tokens) / math.log(2) / max(target_bytes, 1),
+        "grad_norm": float(got.grad_norm),
+        "tokens": int(got.tokens),
+        "skipped": int(got.skipped),
+    }
+    if got.balance is not None:
+        values |= {name: float(value) for name, value in got.balance._asdict().items()}
+    return values
+
+
+class Log:
+    """Appends to metrics.jsonl and TensorBoard, and shows a bar on a terminal or plain lines elsewhere."""
+
+    def __init__(self, run: Path, *, first_step: int, steps: int):
+        self.path = run / "metrics.jsonl"
+        _forget_after(self.path, first_step)
+        self._file = self.path.open("a")
+        self._board = None
+        self._board_directory = run / "tensorboard"
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress = None
+        if self.console.is_terminal:
+            self._progress = Progress(
+                BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self._task = self._progress.add_task("", total=steps, completed=first_step, text="compiling …")
+            self._progress.start()
+        self._steps = steps
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard."""
+        self._file.write(json.dumps({"step": step, **{k: _json_number(v) for k, v in values.items()}}) + "\n")
+        self._file.flush()
+        if self._board is None:
+            from tensorboardX import SummaryWriter  # heavy, and not needed before the first figure
+
+            self._board = SummaryWriter(str(self._board_directory))
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def show(self, step: int, text: str) -> None:
+        """The state of the run, in one line."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+        else:
+            self.say(f"step {step}/{self._steps}  {text}")
+
+    def advance(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops lines of steps after `step`, which a resumed run takes again, and a last line that was cut in writing."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

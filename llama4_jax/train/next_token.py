@@ -1,0 +1,12 @@
+"""Pretraining's loss: the negative log likelihood of each next token, in nats."""
+
+from llama4_jax.data.batch import Batch
+from llama4_jax.model.llama4 import Llama4
+from llama4_jax.ops.cross_entropy import linear_cross_entropy
+from llama4_jax.train.stage import LossOutput
+
+
+def next_token(model: Llama4, batch: Batch, frozen: None = None) -> LossOutput:
+    hidden, router = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    total, weight = linear_cross_entropy(hidden, model.lm_head.kernel[...], batch.targets, batch.weights)
+    return LossOutput(total, weight, router)

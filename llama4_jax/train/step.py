@@ -1,0 +1,190 @@
+"""One update, as a pure function of the state: gradients, accumulation, AdamW, balancing; and no harm from a bad batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.config import RunConfig
+from llama4_jax.data.batch import Batch
+from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.moe import BalanceBias
+from llama4_jax.train.balance import BalanceMetrics, balance_loss, balance_metrics, moved_bias
+from llama4_jax.train.optimizer import make_optimizer
+from llama4_jax.train.stage import Loss
+from sharding import activation_sharding, parameter_sharding
+
+
+class TrainState(NamedTuple):
+    """Everything that changes from step to step."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    bias: nnx.State  # of loss-free balancing; empty without
+    optimizer: optax.OptState
+    skipped: Int[Array, ""]  # updates left out so far, since the loss or a gradient was not finite
+    bad_steps: Int[Array, ""]  # how many of them in a row, just now
+
+
+class StepMetrics(NamedTuple):
+    loss: Float[Array, ""]  # nats a token, without balance losses
+    grad_norm: Float[Array, ""]  # before clipping
+    tokens: Float[Array, ""]  # with a weight in the loss
+    target_bytes: Float[Array, ""]
+    skipped: Int[Array, ""]
+    bad_steps: Int[Array, ""]
+    balance: BalanceMetrics | None
+
+
+def make_model(config: RunConfig, seed: int | Array) -> Llama4:
+    return Llama4(
+        config.model, precision=config.precision, scan_layers=config.scan_layers, remat=config.remat, seed=seed
+    )
+
+
+def split_model(model: Llama4) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The structure, the parameters that gradients move, and the balance biases that they do not."""
+    return nnx.split(model, nnx.Param, BalanceBias)
+
+
+class Trainer(NamedTuple):
+    """The compiled parts of a run on a mesh."""
+
+    graphdef: nnx.GraphDef
+    mesh: Mesh
+    abstract: TrainState  # shapes, dtypes and shardings
+    init: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]  # donates the state
+
+
+def make_trainer(config: RunConfig, mesh: Mesh, loss: Loss) -> Trainer:
+    """Nothing is compiled or allocated yet. Raises ValueError if the mesh does not divide a parameter."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed)))
+
+    def init() -> TrainState:
+        _, params, bias = split_model(make_model(config, config.seed))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, bias, optimizer.init(_float32(params)), zero, zero)
+
+    shapes = jax.eval_shape(init)
+    shardings = state_shardings(shapes, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    batch_sharding = activation_sharding(("batch", "seq"), mesh)
+
+    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, StepMetrics]:
+        return update(config, graphdef, optimizer, loss, state, batch, frozen)
+
+    return Trainer(
+        graphdef,
+        mesh,
+        abstract,
+        jax.jit(init, out_shardings=shardings),
+        jax.jit(
+            step,
+            in_shardings=(shardings, batch_sharding, None),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        ),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Parameters, and what the optimizer keeps of each, by the parameter table; all else on every device."""
+
+    def place(path, leaf):
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return leaf.replace(parameter_sharding(leaf.get_value().shape, leaf.axes, mesh, name))
+
+    return jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def update(
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    state: TrainState,
+    batch: Batch,
+    frozen: Any,
+) -> tuple[TrainState, StepMetrics]:
+    """The state after one batch. A loss or gradient that is not finite changes nothing but the counters."""
+
+    def objective(params: nnx.State, batch: Batch):
+        out = loss(nnx.merge(graphdef, params, state.bias), batch, frozen)
+        aux = 0.0 if out.router is None else balance_loss(out.router, config.balance)
+        return out.total + out.weight * aux, out
+
+    grad = jax.grad(objective, has_aux=True)
+    if config.grad_accumulation == 1:
+        grads, out = grad(state.params, batch)
+    else:
+        grads, out = _accumulate(grad, state.params, batch, config.grad_accumulation)
+    weight = jnp.maximum(out.weight, 1)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
+    mean_loss = out.total / weight
+    grad_norm = optax.global_norm(grads)
+    good = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
+
+    params = _float32(state.params)
+    updates, new_optimizer = optimizer.update(grads, state.optimizer, params)
+    new_params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
+    new_bias = state.bias
+    if out.router is not None and config.balance.bias_rate:
+        new_bias = _move_biases(graphdef, state, out.router.counts, config.balance.bias_rate)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+    new_state = TrainState(
+        step=state.step + 1,
+        params=keep(new_params, state.params),
+        bias=keep(new_bias, state.bias),
+        optimizer=keep(new_optimizer, state.optimizer),
+        skipped=state.skipped + ~good,
+        bad_steps=jnp.where(good, 0, state.bad_steps + 1),
+    )
+    metrics = StepMetrics(
+        loss=mean_loss,
+        grad_norm=grad_norm,
+        tokens=out.weight,
+        target_bytes=jnp.sum(batch.target_bytes).astype(jnp.float32),
+        skipped=new_state.skipped,
+        bad_steps=new_state.bad_steps,
+        balance=None if out.router is None else balance_metrics(out.router.counts, out.router.gate),
+    )
+    return new_state, metrics
+
+
+def _accumulate(grad: Callable, params: nnx.State, batch: Batch, parts: int):
+    """Sums of gradients and losses over micro-batches, in float32, one after another."""
+    # Every part takes rows from all over the batch, so that each device keeps its own.
+    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+
+    def add(total, part):
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad(params, part)), None
+
+    (grads, out), _ = jax.lax.scan(add, zeros, split)
+    if out.router is not None:  # counts add up; the others are means
+        means = {name: getattr(out.router, name) / parts for name in ("probabilities", "z", "gate")}
+        out = out._replace(router=out.router._replace(**means))
+    return grads, out
+
+
+def _move_biases(graphdef: nnx.GraphDef, state: TrainState, counts: Float[Array, "layers E"], rate: float) -> nnx.State:
+    model = nnx.merge(graphdef, state.params, state.bias)
+    model.decoder.map_balance_biases(lambda bias, counts: moved_bias(bias, counts, rate), counts)
+    return split_model(model)[2]
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,0 +1,149 @@
+"""Orbax checkpoints of a run: written in the background, whole or not at all, and read back piece by piece.
+
+    runs/tiny/checkpoints/200/{model, training, progress}
+
+`model` holds parameters and balance biases under names joined by dots, so that inference reads them alone; `training`
+what else the optimizer needs; `progress` is JSON: the run's config and where each process stands in its data. Orbax
+writes into a directory with a temporary name and renames it when it is complete, so a killed run leaves no half
+checkpoint that could be taken for a whole one.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+MODEL, TRAINING, PROGRESS = "model", "training", "progress"
+
+
+class Saved(NamedTuple):
+    step: int
+    model: dict[str, jax.Array]
+    training: dict[str, jax.Array] | None
+    progress: dict[str, Any]
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their paths, joined by dots."""
+
+    def name(path) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """A pytree like `tree` with these leaves instead, by the names of `named_leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    `say` is called with a line when a damaged checkpoint is passed over.
+    """
+
+    def __init__(self, run: str | Path, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False):
+        self.directory = Path(run).absolute() / "checkpoints"
+        self._say = say
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+        handlers = {
+            MODEL: ocp.StandardCheckpointHandler(),
+            TRAINING: ocp.StandardCheckpointHandler(),
+            PROGRESS: ocp.JsonCheckpointHandler(),
+        }
+        self._open: Callable[[], ocp.CheckpointManager] = lambda: ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
+        )
+        self._manager = self._open()
+
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, model: dict, training: dict, progress: dict) -> None:
+        """Starts to write a checkpoint and returns once the arrays are copied. Raises OSError if this one or the one
+        before could not be written; earlier checkpoints stay as they are."""
+        self._guard(
+            step,
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        MODEL: ocp.args.StandardSave(model),
+                        TRAINING: ocp.args.StandardSave(training),
+                        PROGRESS: ocp.args.JsonSave(progress),
+                    }
+                ),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns once everything is written. Raises OSError if it could not be."""
+        self._guard(None, self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _guard(self, step: int | None, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:
+            kept = ", ".join(str(s) for s in self.steps() if s != step) or "none"
+            free = shutil.disk_usage(self.directory).free / 2**20
+            raise OSError(
+                f"a checkpoint could not be written to {self.directory} ({free:,.0f} MiB are free there): {error}\n"
+                f"The earlier checkpoints are intact: {kept}. Make room, then run the same command to go on."
+            ) from error
+
+    def newest(self, *, abstract: Callable[[], tuple[dict, dict | None]] | None = None) -> Saved | None:
+        """The newest checkpoint that can be read; None if there is none at all.
+
+        - abstract: gives the shapes, dtypes and shardings of the model and of the training state (None: not read);
+          by default the model is read as it was saved, and the training state is not
+
+        A damaged checkpoint is said aloud, renamed to `<step>.damaged`, and the one before it is tried. Raises
+        ValueError if all are damaged.
+        """
+        steps = self.steps()[::-1]
+        for step in steps:
+            progress = None
+            try:
+                progress = dict(self._restore(step, {PROGRESS: ocp.args.JsonRestore()})[PROGRESS])
+                model, training = abstract() if abstract else (None, None)
+                wanted = {MODEL: ocp.args.StandardRestore(model)}
+                if training is not None:
+                    wanted[TRAINING] = ocp.args.StandardRestore(training)
+                items = self._restore(step, wanted)
+                return Saved(step, items[MODEL], items.get(TRAINING), progress)
+            except Exception as error:
+                self._set_aside(step, error)
+        if steps:
+            raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read: all are damaged.")
+        return None
+
+    def _restore(self, step: int, wanted: dict) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**wanted))
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        path = self.directory / str(step)
+        aside = path.with_name(f"{step}.damaged")
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        if self._manager._options.read_only:
+            self._say(f"checkpoint {path} is damaged ({reason}); trying the one before.")
+            return
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+        self._say(f"checkpoint {path} is damaged ({reason}); it is now {aside.name}, and the one before is tried.")
+        self._manager.close()
+        self._manager = self._open()
+
+
+def model_leaves(*states: nnx.State) -> dict[str, Any]:
+    """Parameters and biases by name: `decoder.rest.0.attention.q.kernel`."""
+    return {name: leaf for state in states for name, leaf in named_leaves(state).items()}

@@ -1,0 +1,71 @@
+"""Train a model.
+
+    python train.py tiny                                   # a config of configs/, or a file with `def config()`
+    python train.py tiny --steps 50 --optimizer.peak-lr 1e-3
+    python train.py tiny --help                            # every field
+
+The same command resumes a run that was stopped, in whatever way.
+"""
+
+import difflib
+import importlib.util
+import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def load_config(name: str):
+    """`config()` of configs/NAME.py, or of the file NAME. Raises ValueError if there is none."""
+    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
+    known = sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))
+    if not path.is_file():
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"there is no config {name!r}.{hint} There are: {', '.join(known)}; or give a path to a .py file."
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "config"):
+        raise ValueError(f"{path} must define `def config() -> RunConfig`.")
+    return module.config()
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, "\nConfigs:", ", ".join(sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))))
+        return 0 if arguments else 2
+    try:
+        base = load_config(arguments[0])
+        import tyro
+
+        from llama4_jax.config import RunConfig
+
+        config = tyro.cli(
+            RunConfig,
+            prog=f"train.py {arguments[0]}",
+            args=arguments[1:],
+            default=base,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
+        import jax
+
+        # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.
+        jax.config.update("jax_num_cpu_devices", config.mesh.named_size)
+        from llama4_jax.train.loop import NotFinite, train
+
+        try:
+            train(config)
+        except NotFinite as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return 1
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
