@@ -1,4 +1,4 @@
-"""One update, as a pure function of the state: gradients, accumulation, AdamW, balancing; and no harm from a bad batch."""
+"""One update, as a pure function of the state: gradients, accumulation, AdamW, balancing. A bad batch does no harm."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
