@@ -81,6 +81,7 @@ class Ours:
     def __init__(self, path: str, dtype: str):
         import llama4_jax
 
+        self.__dict__.clear()
         self.path, self.dtype = path, dtype
         self.model = llama4_jax.from_pretrained(path, dtype=dtype)
 
@@ -101,7 +102,8 @@ class Ours:
         import jax
 
         if not hasattr(self, "_train"):
-            self._train = OurTraining(self.model)
+            self.__dict__.pop("_state", None)
+            self._train = OurTraining(self.__dict__.pop("model"))
         start = time.perf_counter()
         jax.block_until_ready(self._train.step())
         return time.perf_counter() - start
@@ -129,12 +131,48 @@ class Ours:
         self._generate(1, 1)
 
     def free_training(self) -> None:
-        self.__dict__.pop("_train", None)
+        self.__init__(self.path, self.dtype)  # the trained parameters took the memory of the others
 
 
 class OurTraining:
+    """The project's own training step on the parameters of `model`, which it takes: they are donated to each step."""
+
     def __init__(self, model):
-        raise NotImplementedError
+        import numpy as np
+
+        from llama4_jax.config import RunConfig
+        from llama4_jax.data.batch import Batch
+        from llama4_jax.data.config import DataConfig
+        from llama4_jax.train.next_token import next_token
+        from llama4_jax.train.optimizer import OptimizerConfig, make_optimizer
+        from llama4_jax.train.step import first_state, make_trainer
+        from sharding import MeshConfig, make_mesh
+
+        config = RunConfig(
+            name="peers",
+            model=model.config,
+            data=DataConfig(seq_len=LENGTH, batch_size=BATCH),
+            precision=model.precision,
+            optimizer=OptimizerConfig(peak_lr=1e-5, warmup_steps=0),
+            steps=1000,
+            scan_layers=False,
+        )
+        self.trainer = make_trainer(config, make_mesh(MeshConfig()), next_token)
+        self.state = first_state(model, make_optimizer(config.optimizer, config.steps))
+        tokens = random_tokens(BATCH, LENGTH)
+        ones = np.ones_like(tokens)
+        self.batch = Batch(
+            tokens=tokens,
+            targets=np.roll(tokens, -1, axis=1),
+            positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape).copy(),
+            segment_ids=ones,
+            weights=ones.astype(np.float32),
+            target_bytes=ones,
+        )
+
+    def step(self):
+        self.state, metrics = self.trainer.step(self.state, self.batch, None)
+        return self.state, metrics
 
 
 class Transformers:
@@ -288,7 +326,8 @@ def measure(model: str, path: str, dtype: str, tasks: list[str], names: list[str
             for name, worker in workers.items():
                 answers[name].append(worker.run(task))
         for name, worker in workers.items():
-            worker.run("free_training") if task == "train_step" else None
+            if task == "train_step":
+                worker.run("free_training")
             seconds = [a["seconds"] for a in answers[name]]
             figures.append(Figure(model, dtype, task, name, seconds, max(a["peak_mib"] for a in answers[name])))
             print_figure(figures[-1])

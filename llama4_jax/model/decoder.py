@@ -6,7 +6,6 @@ over at the end follow one by one. The numbers of a seed do not depend on the la
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,7 @@ from llama4_jax.model.layers import RMSNorm, SwiGLU
 from llama4_jax.model.moe import MoE, RouterStats
 from sharding import constrain
 
-Remat = Literal["none", "dots", "full"]
-
-# What the backward pass may keep of each layer, beside the layer's input.
+# `remat`: what the backward pass may keep of each layer, beside the layer's input. "none" keeps all it needs.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of products with parameters
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -68,7 +65,7 @@ class Decoder(nnx.Module):
     - rest: the layers after the repetitions; all of them if nothing is scanned
     """
 
-    def __init__(self, config: ModelConfig, precision: Precision, *, scan_layers: bool, remat: Remat, key: Array):
+    def __init__(self, config: ModelConfig, precision: Precision, *, scan_layers: bool, remat: str, key: Array):
         if remat not in ("none", *_REMAT_POLICIES):
             raise ValueError(f"remat must be one of none, {', '.join(_REMAT_POLICIES)}, got {remat!r}.")
         period = config.period

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.model.attention import Place
 from llama4_jax.model.cache import Cache, empty_cache
 from llama4_jax.model.config import ModelConfig, Precision
-from llama4_jax.model.decoder import Decoder, Remat
+from llama4_jax.model.decoder import Decoder
 from llama4_jax.model.layers import Embedding, Linear, RMSNorm
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.rope import frequencies, rotation
@@ -42,7 +42,7 @@ class Llama4(nnx.Module):
         *,
         precision: Precision | None = None,
         scan_layers: bool = True,
-        remat: Remat = "none",
+        remat: str = "none",
         seed: int | Array = 0,
     ):
         precision = precision or Precision()

@@ -52,6 +52,13 @@ def split_model(model: Llama4) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(model, nnx.Param, BalanceBias)
 
 
+def first_state(model: Llama4, optimizer: optax.GradientTransformation) -> TrainState:
+    """What training this model starts from."""
+    _, params, bias = split_model(model)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, bias, optimizer.init(_float32(params)), zero, zero)
+
+
 class Trainer(NamedTuple):
     """The compiled parts of a run on a mesh."""
 
@@ -68,9 +75,7 @@ def make_trainer(config: RunConfig, mesh: Mesh, loss: Loss) -> Trainer:
     graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed)))
 
     def init() -> TrainState:
-        _, params, bias = split_model(make_model(config, config.seed))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, bias, optimizer.init(_float32(params)), zero, zero)
+        return first_state(make_model(config, config.seed), optimizer)
 
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, mesh)

@@ -79,8 +79,8 @@ def test_scaling_the_query_equals_the_definition_in_values_and_gradients(chunk):
 def test_training_prefill_and_decode_scale_alike(kind):
     config = ModelConfig(
         vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
-        expert_mlp_dim=24, moe_interval=0, nope_interval=2, attention_chunk=5, query_scale=kind, query_scale_layers="all",
-        context_length=32, init_std=0.08,
+        expert_mlp_dim=24, moe_interval=0, nope_interval=2, attention_chunk=5, query_scale=kind,
+        query_scale_layers="all", context_length=32, init_std=0.08,
     )  # fmt: skip
     model = Llama4(config, scan_layers=False)
     for path, variable in nnx.iter_graph(model):
