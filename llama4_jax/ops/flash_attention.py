@@ -64,7 +64,10 @@ class _Extent(NamedTuple):
 def _extent(least: Int[Array, "B X"], greatest: Int[Array, "B X"], segments: Int[Array, "B X"], block: int) -> _Extent:
     least, greatest, segments = (x.reshape(x.shape[0], -1, block) for x in (least, greatest, segments))
     real = greatest >= 0
-    bits = jnp.bitwise_or.reduce(jnp.where(real, 1 << (segments % 32), 0), axis=-1)
+    # By way of `any`: devices that share a block can reduce that, but not a bitwise or.
+    bit = jnp.arange(32)
+    there = (real[..., None] & (segments[..., None] % 32 == bit)).any(-2)
+    bits = jnp.where(there, 1 << bit, 0).sum(-1)
     low = jnp.where(real, segments, BIG).min(-1)
     high = jnp.where(real, segments, -BIG).max(-1)
 
