@@ -39,7 +39,7 @@ class RunConfig:
     checkpoint_every: int = 200  # steps
     keep_checkpoints: int = 2
     log_every: int = 10  # steps
-    profile: bool = False  # write a JAX profile of a few steps into the run's directory
+    profile: bool = False  # record a few steps in JAX's profiler, into the run's directory
     run_dir: str = "runs"
     sample_prompt: str = "def "  # what the trained model continues when the run is done
     sample_tokens: int = 200
@@ -86,7 +86,8 @@ class RunConfig:
         return mesh
 
 
-# Fields that may change when a run is resumed, since the numbers do not depend on them.
+# Fields that may change when a run is resumed: the numbers do not depend on them, but for rounding (mesh, remat), or
+# are meant to (steps: a run can be made longer, and its schedule with it).
 FREE = (
     "name", "run_dir", "mesh", "steps", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
     "log_every", "profile", "sample_prompt", "sample_tokens", "max_bad_steps", "scan_layers", "remat",

@@ -5,6 +5,7 @@ config), and the same command resumes it, with the same numbers bit for bit on t
 """
 
 import contextlib
+import json
 import math
 import shlex
 import signal
@@ -32,8 +33,6 @@ from llama4_jax.train.stage import Stage
 from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
 from sharding import activation_sharding, make_mesh
-
-PROFILED_STEPS = range(5, 8)  # after the first step's compilation, and while the run is still short
 
 
 class NotFinite(RuntimeError):
@@ -85,9 +84,10 @@ def prepare_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
                 + "\n  ".join(changed)
                 + f"\nGive this run another --name, or remove {run} to start anew."
             )
-    run.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run)
-    path.write_text(to_json(config))
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run)
+        path.write_text(to_json(config))
     return run
 
 
@@ -125,7 +125,7 @@ def run_steps(
     run: Path,
     stop: Callable[[], bool],
 ) -> TrainState:
-    """The loop. Figures are read one logging interval late, so that the devices never wait for the console."""
+    """The loop. Figures are read when the next step is under way, so that the devices never wait for the console."""
     evaluate = make_evaluation(trainer)
     schedule = learning_rate(config.optimizer, config.steps)
     rate = Rate(config, peak_flops(trainer.mesh.size))
@@ -156,17 +156,19 @@ def run_steps(
         places = all_processes(stage.batches.get_state())
         checkpoints.save(step, model, training, {"step": step, "data": places})
 
+    profile = Profile(config, run, first, log)
     while step < config.steps and not stop():
-        with profile(config, run, step - first):
-            batch = on_devices(next(stage.batches), trainer)
-            state, metrics = trainer.step(state, batch, stage.frozen)
+        profile.before(step)
+        batch = on_devices(next(stage.batches), trainer)
+        state, metrics = trainer.step(state, batch, stage.frozen)
+        profile.after(step, metrics)
         step += 1
         log.advance(step)
+        report()  # of the step before
         if step == first + 1:
             jax.block_until_ready(state)
             rate.start(step)  # the first step compiles
         if step % config.log_every == 0 or step == config.steps:
-            report()
             pending = (step, metrics)
         if heldout is not None and (step % config.eval_every == 0 or step == config.steps):
             report()
@@ -177,6 +179,7 @@ def run_steps(
         if step % config.checkpoint_every == 0 and step < config.steps:
             report()  # so that what is logged up to here is on disk before the checkpoint says that it was done
             save()
+    profile.close()
     report()
     save()
     checkpoints.wait()
@@ -252,8 +255,6 @@ def all_processes(state: dict) -> list[dict]:
     """Every process's place in the data, for a checkpoint that any number of processes can resume."""
     if jax.process_count() == 1:
         return [state]
-    import json
-
     from jax.experimental import multihost_utils
 
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
@@ -279,15 +280,31 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def profile(config: RunConfig, run: Path, since_start: int):
-    """With --profile, records a few steps for TensorBoard or Perfetto."""
-    if config.profile and since_start == PROFILED_STEPS.start:
-        jax.profiler.start_trace(str(run / "profile"))
-    yield
-    if config.profile and since_start == PROFILED_STEPS.stop - 1:
-        jax.effects_barrier()
-        jax.profiler.stop_trace()
+class Profile:
+    """With --profile, records three steps for Perfetto or TensorBoard: the sixth to the eighth if the run has so many,
+    since the first ones compile and touch their memory."""
+
+    def __init__(self, config: RunConfig, run: Path, first: int, log: Log):
+        self._directory, self._log = run / "profile", log
+        start = first + min(5, max(config.steps - first - 3, 0))
+        self._steps = range(start, start + 3) if config.profile else range(0)
+        self._recording = False
+
+    def before(self, step: int) -> None:
+        if step in self._steps and not self._recording:
+            jax.profiler.start_trace(str(self._directory), create_perfetto_trace=True)
+            self._recording = True
+
+    def after(self, step: int, result: Any) -> None:
+        if self._recording and step + 1 not in self._steps:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        if self._recording:
+            self._recording = False
+            jax.profiler.stop_trace()
+            self._log.say(f"a profile is in {self._directory}: open its perfetto_trace.json.gz in ui.perfetto.dev")
 
 
 def describe(config: RunConfig, trainer: Trainer, step: int, log: Log) -> None:

@@ -55,8 +55,8 @@ def split_model(model: Llama4) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def first_state(model: Llama4, optimizer: optax.GradientTransformation) -> TrainState:
     """What training this model starts from."""
     _, params, bias = split_model(model)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, bias, optimizer.init(_float32(params)), zero, zero)
+    step, skipped, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))  # each its own, as each is donated
+    return TrainState(step, params, bias, optimizer.init(_float32(params)), skipped, bad_steps)
 
 
 class Trainer(NamedTuple):

@@ -3,7 +3,7 @@
     runs/tiny/checkpoints/200/{model, training, progress}
 
 `model` holds parameters and balance biases under names joined by dots, so that inference reads them alone; `training`
-what else the optimizer needs; `progress` is JSON: the run's config and where each process stands in its data. Orbax
+what else the optimizer needs; `progress` is JSON: the step, and where each process stands in its data. Orbax
 writes into a directory with a temporary name and renames it when it is complete, so a killed run leaves no half
 checkpoint that could be taken for a whole one.
 """
@@ -18,6 +18,10 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
+
+
+class OtherArrays(ValueError):
+    """A sound checkpoint, but of another model or optimizer than the one asked for."""
 
 
 class Saved(NamedTuple):
@@ -49,7 +53,7 @@ class Checkpoints:
 
     def __init__(self, run: str | Path, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False):
         self.directory = Path(run).absolute() / "checkpoints"
-        self._say = say
+        self._say, self._read_only = say, read_only
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
         handlers = {
             MODEL: ocp.StandardCheckpointHandler(),
@@ -107,24 +111,44 @@ class Checkpoints:
           by default the model is read as it was saved, and the training state is not
 
         A damaged checkpoint is said aloud, renamed to `<step>.damaged`, and the one before it is tried. Raises
-        ValueError if all are damaged.
+        ValueError if all are damaged; and if a sound one holds other arrays than those asked for.
         """
         steps = self.steps()[::-1]
         for step in steps:
-            progress = None
             try:
                 progress = dict(self._restore(step, {PROGRESS: ocp.args.JsonRestore()})[PROGRESS])
                 model, training = abstract() if abstract else (None, None)
                 wanted = {MODEL: ocp.args.StandardRestore(model)}
                 if training is not None:
                     wanted[TRAINING] = ocp.args.StandardRestore(training)
+                self._check_fits(step, {MODEL: model, TRAINING: training})
                 items = self._restore(step, wanted)
                 return Saved(step, items[MODEL], items.get(TRAINING), progress)
-            except Exception as error:
+            except OtherArrays:
+                raise
+            except Exception as error:  # a damaged file may show as anything
                 self._set_aside(step, error)
         if steps:
             raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read: all are damaged.")
         return None
+
+    def _check_fits(self, step: int, wanted: dict[str, dict | None]) -> None:
+        """Raises OtherArrays if the checkpoint is sound but holds other names or shapes than these."""
+        metadata = self._manager.item_metadata(step)
+        for item, arrays in wanted.items():
+            if arrays is None:
+                continue
+            saved = {name: tuple(x.shape) for name, x in metadata[item].items()}
+            shapes = {name: tuple(x.shape) for name, x in arrays.items()}
+            differing = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
+            if differing:
+                name = differing[0]
+                raise OtherArrays(
+                    f"checkpoint {self.directory / str(step)} does not hold the arrays of this run: {name} has the "
+                    f"shape {saved.get(name, 'none')} there and {shapes.get(name, 'none')} here, and {len(differing)} "
+                    f"arrays differ in all. It was written by another version of the code, or its config.json was "
+                    f"changed since."
+                )
 
     def _restore(self, step: int, wanted: dict) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**wanted))
@@ -133,7 +157,7 @@ class Checkpoints:
         path = self.directory / str(step)
         aside = path.with_name(f"{step}.damaged")
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        if self._manager._options.read_only:
+        if self._read_only:
             self._say(f"checkpoint {path} is damaged ({reason}); trying the one before.")
             return
         if aside.exists():
