@@ -1,5 +1,7 @@
 """The three small layers everything else is made of. Every parameter names its axes (see `sharding.rules`)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,11 +54,29 @@ class RMSNorm(nnx.Module):
         return rms_normalize(x, self.eps) * self.scale[...].astype(x.dtype)
 
 
+# The backward passes of this norm and of `swiglu` are written out: they keep the input alone, where autodiff keeps
+# several arrays of its size, and make its gradient in one pass.
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) in float32, returned in x's dtype. Weightless: it is also Llama 4's qk-norm."""
+    return _rms_forward(x, eps)[0]
+
+
+def _rms_forward(x, eps):
     x32 = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * inverse_rms).astype(x.dtype)
+    return (x32 * inverse_rms).astype(x.dtype), (x, inverse_rms)
+
+
+def _rms_backward(eps, saved, g):
+    x, inverse_rms = saved
+    y, g32 = x.astype(jnp.float32) * inverse_rms, g.astype(jnp.float32)
+    # The part of g along y only changes the length of x, which the norm takes away.
+    along = y * jnp.mean(g32 * y, axis=-1, keepdims=True)
+    return ((inverse_rms * (g32 - along)).astype(x.dtype),)
+
+
+rms_normalize.defvjp(_rms_forward, _rms_backward)
 
 
 class Embedding(nnx.Module):
@@ -81,6 +101,17 @@ class SwiGLU(nnx.Module):
         return self.down(swiglu(self.gate_up(x)))
 
 
+@jax.custom_vjp
 def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
     """silu(gate) · up of the two halves."""
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def _swiglu_backward(gate_up, g):
+    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+    sigmoid = jax.nn.sigmoid(gate)
+    d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return (jnp.stack([d_gate, g * gate * sigmoid], axis=-2),)
+
+
+swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)

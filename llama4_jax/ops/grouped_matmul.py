@@ -93,7 +93,9 @@ def _blocks_backward(operands, g):
         x_rows = jnp.where(block.is_inside, _slice(x, block.first_row, block.height), 0)
         matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
         x_grad = _write_rows(x_grad, block, _float32_sum(g_rows, matrix, contract=(1, 1)).astype(x.dtype))
-        w_new = _as_bits(_float32_sum(x_rows, g_rows, contract=(0, 0)).astype(w.dtype))
+        # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
+        x_columns = lax.optimization_barrier(x_rows.T)
+        w_new = _as_bits(_float32_sum(x_columns, g_rows, contract=(1, 0)).astype(w.dtype))
         return x_grad, lax.dynamic_update_index_in_dim(w_grad, w_new, block.group, 0, allow_negative_indices=False)
 
     zeros = _as_bits(jnp.zeros_like(x)), _as_bits(jnp.zeros_like(w))
