@@ -72,11 +72,13 @@ def main(arguments: list[str]) -> int:
 def load(options: Model):
     """The model, the mesh it is on, and its tokenizer."""
     import jax
+    from absl import logging
 
     from llama4_jax import from_pretrained
     from llama4_jax.inputs.tokenizer import load_tokenizer
     from sharding import make_mesh
 
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is opened to be read is read-only
     # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.
     if options.mesh.named_size > 1:
         jax.config.update("jax_num_cpu_devices", options.mesh.named_size)

@@ -30,7 +30,7 @@ class RunConfig:
     steps: int  # optimizer updates
     grad_accumulation: int = 1  # micro-batches a step: as one large batch, in the memory of a small one
     seed: int = 0  # of the initial parameters
-    scan_layers: bool = True  # compile the repeating group of layers once
+    scan_layers: bool = True  # compile the repeating group of layers once; its parameters are then stacked
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again instead of keeping
     max_bad_steps: int = 10  # consecutive steps with a loss or gradient that is not finite before the run stops
 
@@ -90,8 +90,7 @@ class RunConfig:
 # are meant to (steps: a run can be made longer, and its schedule with it).
 FREE = (
     "name", "run_dir", "mesh", "steps", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
-    "log_every", "profile", "sample_prompt", "sample_tokens", "max_bad_steps", "scan_layers", "remat",
-    "data.prefetch",
+    "log_every", "profile", "sample_prompt", "sample_tokens", "max_bad_steps", "remat", "data.prefetch",
 )  # fmt: skip
 
 
@@ -101,7 +100,11 @@ def to_json(config: RunConfig) -> str:
 
 def from_json(text: str) -> RunConfig:
     """The config of `to_json`. Raises ValueError naming a field that is missing, unknown or of the wrong type."""
-    return _build(RunConfig, json.loads(text), "")
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config.json is not JSON: {error}.") from error
+    return _build(RunConfig, tree, "")
 
 
 def differences(saved: RunConfig, new: RunConfig) -> list[str]:
@@ -132,11 +135,17 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
     if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"config.json: {where} must be a list, got {value!r}.")
         item = typing.get_args(kind)[0]
         return tuple(_build(item, x, where) for x in value)
-    if kind is float and isinstance(value, int):
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"config.json: {where} must be one of {', '.join(typing.get_args(kind))}, got {value!r}.")
+        return value
+    if kind is float and type(value) is int:
         return float(value)
-    if isinstance(kind, type) and not isinstance(value, kind):
+    if type(value) is not kind:  # True is no int here
         raise ValueError(f"config.json: {where} must be of type {kind.__name__}, got {value!r}.")
     return value
 

@@ -23,6 +23,8 @@ import tiktoken
 from etils import epath
 from jaxtyping import Int
 
+from llama4_jax.atomic import write_atomically
+
 BPE_FILE = "tokenizer.model"
 BYTES_FILE = "byte_tokenizer.json"
 
@@ -136,7 +138,9 @@ class ByteTokenizer(Tokenizer):
         return list(utf8(text))
 
     def save(self, directory: str | epath.PathLike) -> None:
-        _replace(epath.Path(directory) / BYTES_FILE, json.dumps({"type": "bytes", "vocab_size": self.vocab_size}))
+        write_atomically(
+            epath.Path(directory) / BYTES_FILE, json.dumps({"type": "bytes", "vocab_size": self.vocab_size})
+        )
 
 
 class BPETokenizer(Tokenizer):
@@ -184,7 +188,7 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def save(self, directory: str | epath.PathLike) -> None:
-        _replace(epath.Path(directory) / BPE_FILE, self._file)
+        write_atomically(epath.Path(directory) / BPE_FILE, self._file)
 
 
 class StreamDecoder:
@@ -299,10 +303,3 @@ def _read_byte_tokenizer(path: epath.Path) -> ByteTokenizer:
     if said != {"type": "bytes", "vocab_size": tokenizer.vocab_size}:
         raise ValueError(f"{path} describes another tokenizer: {said}. This version has {tokenizer.vocab_size} ids.")
     return tokenizer
-
-
-def _replace(path: epath.Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, so that a run killed here leaves no half of a tokenizer."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llama4_jax.atomic import write_atomically
 from llama4_jax.config import RunConfig, differences, from_json, to_json
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.loader import Loader, make_loader, merge_states
@@ -59,12 +60,22 @@ def train(config: RunConfig) -> Path:
     heldout = None
     if config.data.heldout_fraction:
         heldout = make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **processes)
-    run = prepare_directory(config, tokenizer)
+    run = Path(config.run_dir) / config.name
+    check_same_run(run, config)
     checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
     with jax.set_mesh(mesh), stop_signals() as stop, contextlib.closing(checkpoints):
         state = restore(trainer, checkpoints, batches)
-        with contextlib.closing(Log(run, first_step=int(state.step), steps=config.steps)) as log:
-            describe(config, trainer, int(state.step), log)
+        first = int(state.step)
+        if first > config.steps:
+            raise ValueError(
+                f"{run} is at step {first} already, and steps is {config.steps}. Give more --steps to train it "
+                f"further, or this run another --name."
+            )
+        if jax.process_index() == 0:
+            tokenizer.save(run)
+            write_atomically(run / "config.json", to_json(config))
+        with contextlib.closing(Log(run, first_step=first, steps=config.steps)) as log:
+            describe(config, trainer, first, log)
             stage = Stage(batches, next_token)
             state = run_steps(config, trainer, stage, heldout, state, checkpoints, log, run, stop)
         if int(state.step) == config.steps:
@@ -72,23 +83,16 @@ def train(config: RunConfig) -> Path:
     return run
 
 
-def prepare_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
-    """Makes the run's directory, or checks that what is there is the same run."""
-    run = Path(config.run_dir) / config.name
+def check_same_run(run: Path, config: RunConfig) -> None:
+    """Raises ValueError if the directory holds a run with a config that makes other numbers."""
     path = run / "config.json"
-    if path.exists():
-        changed = differences(from_json(path.read_text()), config)
-        if changed:
-            raise ValueError(
-                f"{run} holds a run with another config. It differs in:\n  "
-                + "\n  ".join(changed)
-                + f"\nGive this run another --name, or remove {run} to start anew."
-            )
-    if jax.process_index() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(run)
-        path.write_text(to_json(config))
-    return run
+    changed = differences(from_json(path.read_text()), config) if path.exists() else []
+    if changed:
+        raise ValueError(
+            f"{run} holds a run with another config. It differs in:\n  "
+            + "\n  ".join(changed)
+            + f"\nGive this run another --name, or remove {run} to start anew."
+        )
 
 
 def restore(trainer: Trainer, checkpoints: Checkpoints, batches: Loader) -> TrainState:
@@ -139,15 +143,15 @@ def run_steps(
         at, metrics = pending
         pending = None
         values = figures(metrics)
+        values |= {"learning_rate": float(schedule(at - 1)), **rate.take(at)}
+        log.write(at, values)
+        log.show(at, summary(values))
         if int(metrics.bad_steps) >= config.max_bad_steps:
             raise NotFinite(
                 f"the loss or its gradient was not finite in {int(metrics.bad_steps)} steps in a row, up to step {at}. "
                 f"These updates were left out, so the last checkpoint ({checkpoints.steps()[-1:] or 'none'}) is sound. "
                 f"Lower optimizer.peak_lr, lengthen optimizer.warmup_steps, or look at the data of these steps."
             )
-        values |= {"learning_rate": float(schedule(at - 1)), **rate.take(at)}
-        log.write(at, values)
-        log.show(at, summary(values))
 
     def save() -> None:
         if step in checkpoints.steps():

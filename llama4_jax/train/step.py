@@ -135,7 +135,7 @@ def update(
     weight = jnp.maximum(out.weight, 1)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
     mean_loss = out.total / weight
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
 
     params = _float32(state.params)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
 
@@ -54,7 +55,9 @@ class Checkpoints:
     def __init__(self, run: str | Path, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False):
         self.directory = Path(run).absolute() / "checkpoints"
         self._say, self._read_only = say, read_only
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
+        )
         handlers = {
             MODEL: ocp.StandardCheckpointHandler(),
             TRAINING: ocp.StandardCheckpointHandler(),
@@ -110,10 +113,11 @@ class Checkpoints:
         - abstract: gives the shapes, dtypes and shardings of the model and of the training state (None: not read);
           by default the model is read as it was saved, and the training state is not
 
-        A damaged checkpoint is said aloud, renamed to `<step>.damaged`, and the one before it is tried. Raises
-        ValueError if all are damaged; and if a sound one holds other arrays than those asked for.
+        A damaged checkpoint is said aloud, and the one before it is tried; once one is read, the damaged ones after it
+        are renamed to `<step>.damaged`. Raises ValueError if all are damaged, which changes nothing; and if a sound one
+        holds other arrays than those asked for.
         """
-        steps = self.steps()[::-1]
+        steps, damaged = self.steps()[::-1], []
         for step in steps:
             try:
                 progress = dict(self._restore(step, {PROGRESS: ocp.args.JsonRestore()})[PROGRESS])
@@ -123,11 +127,14 @@ class Checkpoints:
                     wanted[TRAINING] = ocp.args.StandardRestore(training)
                 self._check_fits(step, {MODEL: model, TRAINING: training})
                 items = self._restore(step, wanted)
+                self._set_aside(damaged)
                 return Saved(step, items[MODEL], items.get(TRAINING), progress)
             except OtherArrays:
                 raise
             except Exception as error:  # a damaged file may show as anything
-                self._set_aside(step, error)
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                self._say(f"checkpoint {self.directory / str(step)} is damaged ({reason}); trying the one before.")
+                damaged.append(step)
         if steps:
             raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read: all are damaged.")
         return None
@@ -153,17 +160,17 @@ class Checkpoints:
     def _restore(self, step: int, wanted: dict) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**wanted))
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        path = self.directory / str(step)
-        aside = path.with_name(f"{step}.damaged")
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        if self._read_only:
-            self._say(f"checkpoint {path} is damaged ({reason}); trying the one before.")
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Renames these checkpoints, so that they are not counted among those to keep, nor written over."""
+        if self._read_only or not damaged:
             return
-        if aside.exists():
-            shutil.rmtree(aside)
-        path.rename(aside)
-        self._say(f"checkpoint {path} is damaged ({reason}); it is now {aside.name}, and the one before is tried.")
+        if jax.process_index() == 0:
+            for step in damaged:
+                aside = self.directory / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+                self._say(f"the damaged checkpoint {step} is now {aside}.")
+        multihost_utils.sync_global_devices("damaged checkpoints are renamed")
         self._manager.close()
         self._manager = self._open()
 
