@@ -1,8 +1,8 @@
 """A stage of training: what it reads and what it minimises. Pretraining, fine-tuning and distillation differ in this
 one value; the step and the loop are the same."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
@@ -19,8 +19,8 @@ class LossOutput(NamedTuple):
     router: RouterStats | None
 
 
-class Loss(Protocol):
-    def __call__(self, model: Llama4, batch: Batch, frozen: Any) -> LossOutput: ...
+# (model, batch, frozen) → sums
+Loss = Callable[[Llama4, Batch, Any], LossOutput]
 
 
 class Stage(NamedTuple):

@@ -1,7 +1,7 @@
 """One update, as a pure function of the state: gradients, accumulation, AdamW, balancing. A bad batch does no harm."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.moe import BalanceBias
 from llama4_jax.train.balance import BalanceMetrics, balance_loss, balance_metrics, moved_bias
 from llama4_jax.train.optimizer import make_optimizer
-from llama4_jax.train.stage import Loss
+from llama4_jax.train.stage import Loss, LossOutput
 from sharding import activation_sharding, parameter_sharding
 
 
@@ -172,21 +172,32 @@ def _accumulate(grad: Callable, params: nnx.State, batch: Batch, parts: int):
     """Sums of gradients and losses over micro-batches, in float32, one after another."""
     # Every part takes rows from all over the batch, so that each device keeps its own.
     split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], split))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    def sums(params: nnx.State, part: Batch):
+        grads, out = grad(params, part)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, _times_counts(out, 1)))
+
+    shapes = jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
 
     def add(total, part):
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad(params, part)), None
+        return jax.tree.map(jnp.add, total, sums(params, part)), None
 
     (grads, out), _ = jax.lax.scan(add, zeros, split)
-    if out.router is not None:  # counts add up; the others are means
-        means = {name: getattr(out.router, name) / parts for name in ("probabilities", "z", "gate")}
-        out = out._replace(router=out.router._replace(**means))
-    return grads, out
+    return grads, _times_counts(out, -1)
+
+
+def _times_counts(out: LossOutput, power: Literal[1, -1]) -> LossOutput:
+    """The router's means over tokens as sums (1), which add up, or such sums as means (-1). Its counts are sums."""
+    if out.router is None:
+        return out
+    count = jnp.maximum(out.router.counts.sum(-1), 1) ** power
+    means = {"probabilities": out.router.probabilities * count[:, None], "z": out.router.z * count,
+             "gate": out.router.gate * count}  # fmt: skip
+    return out._replace(router=out.router._replace(**means))
 
 
 def _move_biases(graphdef: nnx.GraphDef, state: TrainState, counts: Float[Array, "layers E"], rate: float) -> nnx.State:
-    model = nnx.merge(graphdef, state.params, state.bias)
+    model = nnx.merge(graphdef, state.params, state.bias, copy=True)  # else the old biases would move too
     model.decoder.map_balance_biases(lambda bias, counts: moved_bias(bias, counts, rate), counts)
     return split_model(model)[2]
 
