@@ -11,11 +11,11 @@ def config() -> RunConfig:
     return RunConfig(
         name="tiny",
         model=preset("tiny"),
-        data=DataConfig(sources=("stdlib",), tokenizer="bytes", seq_len=512, batch_size=8),
-        optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=40),
+        data=DataConfig(sources=("stdlib",), tokenizer="bytes", seq_len=512, batch_size=4),
+        optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=50),
         balance=BalanceConfig(bias_rate=1e-3),
-        steps=400,
-        eval_every=100,
-        eval_batches=8,
-        checkpoint_every=100,
+        steps=600,
+        eval_every=150,
+        eval_batches=32,
+        checkpoint_every=150,
     )

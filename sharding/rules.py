@@ -76,13 +76,15 @@ def check_divides(shape: tuple[int, ...], axes: Axes, table: dict, mesh: Mesh | 
             )
 
 
-def parameter_sharding(shape: tuple[int, ...], axes: Axes, mesh: Mesh, what: str = "parameter") -> NamedSharding:
+def parameter_sharding(
+    shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh, what: str = "parameter"
+) -> NamedSharding:
     """Where a parameter with these named axes lives on `mesh`. Raises ValueError where the mesh does not divide it."""
     partition = spec(axes, PARAMETERS)
     check_divides(shape, axes, PARAMETERS, mesh, what)
     return NamedSharding(mesh, partition)
 
 
-def activation_sharding(axes: Axes, mesh: Mesh) -> NamedSharding:
+def activation_sharding(axes: Axes, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where an activation with these named axes lives on `mesh`."""
     return NamedSharding(mesh, spec(axes, ACTIVATIONS))

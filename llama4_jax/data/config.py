@@ -21,6 +21,7 @@ class DataConfig:
     batch_size: int  # rows in a batch, of all processes together
     heldout_fraction: float = 0.05  # share of the documents that is never trained on, the same ones everywhere
     shuffle_seed: int = 0  # the order of the documents, a new one each epoch
+    open_documents: int = 16  # that each row reads in turn: the pieces of a long one are as many batches apart
     prefetch: int = 2  # batches made ahead, in a background thread; 0: each when it is asked for
 
     def __post_init__(self):
@@ -36,7 +37,13 @@ class DataConfig:
         for weight in self.weights:
             if not (weight > 0 and math.isfinite(weight)):
                 raise ValueError(f"data.weights must be positive numbers, got {weight}. Leave the source out instead.")
-        for name, least in {"seq_len": 1, "batch_size": 1, "shuffle_seed": 0, "prefetch": 0}.items():
+        for name, least in {
+            "seq_len": 1,
+            "batch_size": 1,
+            "shuffle_seed": 0,
+            "open_documents": 1,
+            "prefetch": 0,
+        }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 <= self.heldout_fraction < 1:

@@ -1,9 +1,10 @@
 """The loader: batches for one process, the same whatever the number of processes, resumable at any batch.
 
-Training. Row r of the global batch is a stream of its own: it reads documents r, r + B, r + 2B, … of the shuffled,
-endless data, and packs them without gaps. So a process makes its own rows and reads nothing for the others, and all
-processes' rows together are what one process would make. Where a row has got to is two numbers, the document and the
-token in it, and that is the whole state, whatever has been read ahead.
+Training. Row r of the global batch has streams of its own, `data.open_documents` of them, and takes them in turn, batch
+by batch: the pieces of a long document are far apart, and the batches of a moment hold pieces of many. A stream reads
+every n-th document of the shuffled, endless data, and packs them without gaps. So a process makes its own rows and
+reads nothing for the others, and all processes' rows together are what one process would make. Where a stream has got
+to is two numbers, the document and the token in it, and that is the whole state, whatever has been read ahead.
 
 Evaluation. The held-out documents, each once, in an order that depends on no seed, are packed into one row after
 another; row i belongs to batch i // B. Every process packs all of them and keeps its rows: held-out data is small, and
@@ -22,7 +23,7 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
 from llama4_jax.data.documents import Documents
 from llama4_jax.data.documents import split as split_documents
-from llama4_jax.data.mixture import heldout_documents, training_rows
+from llama4_jax.data.mixture import heldout_documents, training_streams
 from llama4_jax.data.packing import PackedBatches
 from llama4_jax.data.sources import open_source
 from llama4_jax.inputs.tokenizer import Tokenizer
@@ -59,22 +60,22 @@ class Loader(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on where `get_state` was called, with the same batches bit for bit.
 
-        The state may have more rows than this process: with `merge_states`, a run goes on with another number of
-        processes. Raises ValueError, and stays where it is, for a state of other data, or without this process's rows.
+        The state may have more streams than this process: with `merge_states`, a run goes on with another number of
+        processes. Raises ValueError, and stays where it is, for a state of other data, or without this process's own.
         """
         if state["data"] != self._identity:
             raise ValueError(
                 f"the saved place in the data is of other data ({state['data']}) than this ({self._identity}): the "
-                f"files, the tokenizer, and data.sources, weights, seq_len, batch_size, heldout_fraction and "
-                f"shuffle_seed must be as they were."
+                f"files, the tokenizer, and data.sources, weights, seq_len, batch_size, heldout_fraction, "
+                f"shuffle_seed and open_documents must be as they were."
             )
-        missing = [name for name in self._streams if name not in state["rows"]]
+        missing = [name for name in self._streams if name not in state["streams"]]
         if missing:
             raise ValueError(
-                f"the saved place in the data lacks the rows {', '.join(missing)} of this process, and has "
-                f"{', '.join(state['rows'])}: merge what all processes have saved."
+                f"the saved place in the data lacks the streams {', '.join(missing)} of this process, and has "
+                f"{', '.join(state['streams'])}: merge what all processes have saved."
             )
-        self._iterator.set_state({"batches": state["batches"], "rows": state["rows"]})
+        self._iterator.set_state({"batches": state["batches"], "streams": state["streams"]})
 
     def close(self) -> None:
         """End the background thread, as leaving the program does."""
@@ -108,7 +109,8 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 f"the saved places in the data are not of one moment: after batch {first['batches']} of "
                 f"{first['data']}, and after batch {other['batches']} of {other['data']}."
             )
-    return {**first, "rows": {name: place for state in (first, *others) for name, place in state["rows"].items()}}
+    streams = {name: place for state in (first, *others) for name, place in state["streams"].items()}
+    return {**first, "streams": streams}
 
 
 def make_loader(
@@ -142,13 +144,17 @@ def make_loader(
     own = range(process_index * share, (process_index + 1) * share)
     sources = _open(config, split)
     if split == "train":
-        rows = training_rows(sources, config.weights, config.shuffle_seed, config.batch_size)
-        names = [str(row) for row in own]
-        batches = PackedBatches({str(row): rows[row] for row in own}, names, slice(None), tokenizer, config.seq_len)
+        total = sum(map(len, sources))
+        turns = min(config.open_documents, total // config.batch_size)
+        streams = training_streams(sources, config.weights, config.shuffle_seed, turns * config.batch_size)
+        names = [[f"{row}.{turn}" for row in own] for turn in range(turns)]
+        documents = {name: streams[turn * config.batch_size + row] for turn in range(turns)
+                     for row, name in zip(own, names[turn], strict=True)}  # fmt: skip
+        batches = PackedBatches(documents, names, slice(None), tokenizer, config.seq_len)
     else:
         batches = PackedBatches(
             {"all": heldout_documents(sources)},
-            ["all"] * config.batch_size,
+            [["all"] * config.batch_size],
             slice(own.start, own.stop),
             tokenizer,
             config.seq_len,
@@ -194,5 +200,5 @@ def _identity(config: DataConfig, tokenizer: Tokenizer, split: Split, sources: S
     """Equal if and only if the batches are, of all processes together."""
     what = (split, config.seq_len, config.batch_size, tokenizer.fingerprint, [source.identity for source in sources])
     if split == "train":
-        what += (config.weights, config.shuffle_seed)
+        what += (config.weights, config.shuffle_seed, config.open_documents)
     return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()

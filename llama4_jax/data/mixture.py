@@ -11,19 +11,18 @@ from llama4_jax.data.shuffle import Shuffled
 _HELDOUT_SEED = -1  # not the run's: whatever a run's seed, the same documents are evaluated
 
 
-def training_rows(
-    sources: Sequence[Documents], weights: Sequence[float], seed: int, batch_size: int
+def training_streams(
+    sources: Sequence[Documents], weights: Sequence[float], seed: int, count: int
 ) -> list[grain.MapDataset[str]]:
-    """One endless sequence of documents for each row of the batch.
+    """So many endless sequences of documents, which together read every document of a source once an epoch.
 
-    Row r reads documents r, r + B, r + 2B, … of each source's shuffled epochs, so that the rows together read every
-    document of a source once an epoch. Each row draws from the sources by `weights`, documents and not tokens being
-    counted; without weights, by how many documents they have.
+    Stream i reads documents i, i + count, i + 2 count, … of each source's shuffled epochs. It draws from the sources by
+    `weights`, documents and not tokens being counted; without weights, by how many documents they have.
     """
     endless = [Shuffled(documents, (seed, i)).repeat() for i, documents in enumerate(sources)]
     shares = list(weights) or [len(documents) for documents in sources]
     return [
-        grain.MapDataset.mix([documents[row::batch_size] for documents in endless], shares) for row in range(batch_size)
+        grain.MapDataset.mix([documents[stream::count] for documents in endless], shares) for stream in range(count)
     ]
 
 

@@ -83,7 +83,8 @@ class PackedBatches(grain.IterDataset[Batch]):
     """Batches of rows filled in order, each from a named stream of documents.
 
     - documents: name of a stream to its documents
-    - rows: which stream fills each row. A stream that fills several fills them one after another.
+    - turns: which stream fills each row, in the first batch, the second, …, and then from the first again. A stream
+      that fills several rows of a batch fills them one after another.
     - kept: the rows to give
     - max_batches: end after so many
 
@@ -93,7 +94,7 @@ class PackedBatches(grain.IterDataset[Batch]):
     def __init__(
         self,
         documents: Mapping[str, grain.MapDataset[str]],
-        rows: Sequence[str],
+        turns: Sequence[Sequence[str]],
         kept: slice,
         tokenizer: Tokenizer,
         seq_len: int,
@@ -101,7 +102,7 @@ class PackedBatches(grain.IterDataset[Batch]):
     ):
         super().__init__()
         self.documents = documents
-        self.rows = rows
+        self.turns = turns
         self.kept = kept
         self.tokenizer = tokenizer
         self.seq_len = seq_len
@@ -124,8 +125,9 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
         dataset = self._dataset
         if self._batches == dataset.max_batches:
             raise StopIteration
-        batch = empty_batch(len(dataset.rows), dataset.seq_len, dataset.tokenizer.pad_id)
-        for row, name in enumerate(dataset.rows):
+        rows = dataset.turns[self._batches % len(dataset.turns)]
+        batch = empty_batch(len(rows), dataset.seq_len, dataset.tokenizer.pad_id)
+        for row, name in enumerate(rows):
             fill_row(batch, row, self._streams[name])
         if not batch.segment_ids.any():
             raise StopIteration
@@ -133,10 +135,13 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
         return Batch(*(field[dataset.kept] for field in batch))
 
     def get_state(self) -> dict[str, Any]:
-        return {"batches": self._batches, "rows": {name: list(stream.place) for name, stream in self._streams.items()}}
+        return {
+            "batches": self._batches,
+            "streams": {name: list(stream.place) for name, stream in self._streams.items()},
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._batches = state["batches"]
         for name, stream in self._streams.items():
-            document, offset = state["rows"][name]
+            document, offset = state["streams"][name]
             stream.place = (document, offset)

@@ -135,6 +135,7 @@ def run_steps(
     rate = Rate(config, peak_flops(trainer.mesh.size))
     first = step = int(state.step)
     pending: tuple[int, StepMetrics] | None = None
+    previous: StepMetrics | None = None
 
     def report() -> None:
         nonlocal pending
@@ -166,6 +167,8 @@ def run_steps(
         batch = on_devices(next(stage.batches), trainer)
         state, metrics = trainer.step(state, batch, stage.frozen)
         profile.after(step, metrics)
+        jax.block_until_ready(previous)  # one step waits while another runs: a signal is heeded soon, the bar is true
+        previous = metrics
         step += 1
         log.advance(step)
         report()  # of the step before

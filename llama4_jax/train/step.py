@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.config import RunConfig
@@ -63,14 +63,17 @@ class Trainer(NamedTuple):
     """The compiled parts of a run on a mesh."""
 
     graphdef: nnx.GraphDef
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     abstract: TrainState  # shapes, dtypes and shardings
     init: Callable[[], TrainState]
     step: Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]  # donates the state
 
 
-def make_trainer(config: RunConfig, mesh: Mesh, loss: Loss) -> Trainer:
-    """Nothing is compiled or allocated yet. Raises ValueError if the mesh does not divide a parameter."""
+def make_trainer(config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss) -> Trainer:
+    """Nothing is compiled or allocated yet; on an AbstractMesh nothing can be, and the run is only described.
+
+    Raises ValueError if the mesh does not divide a parameter.
+    """
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed)))
 
@@ -99,7 +102,7 @@ def make_trainer(config: RunConfig, mesh: Mesh, loss: Loss) -> Trainer:
     )
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     """Parameters, and what the optimizer keeps of each, by the parameter table; all else on every device."""
 
     def place(path, leaf):
@@ -172,6 +175,7 @@ def _accumulate(grad: Callable, params: nnx.State, batch: Batch, parts: int):
     """Sums of gradients and losses over micro-batches, in float32, one after another."""
     # Every part takes rows from all over the batch, so that each device keeps its own.
     split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
     def sums(params: nnx.State, part: Batch):
         grads, out = grad(params, part)
         return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, _times_counts(out, 1)))

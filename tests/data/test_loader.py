@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from llama4_jax.data.config import DataConfig
 from llama4_jax.data.documents import split
 from llama4_jax.data.loader import make_loader, merge_states
-from llama4_jax.data.mixture import training_rows
+from llama4_jax.data.mixture import training_streams
 from llama4_jax.data.packing import PackedBatches
 from llama4_jax.data.sources import open_source
 from llama4_jax.inputs.tokenizer import ByteTokenizer, load_tokenizer
 
 TOKENIZER = ByteTokenizer()
 BATCH = 6
+TURNS = 3  # documents that a row has open
 LONG = 15  # batches: more than two epochs of training, more than an evaluation
 
 
@@ -39,6 +40,7 @@ def config(tmp_path_factory):
         seq_len=32,
         batch_size=BATCH,
         heldout_fraction=0.3,
+        open_documents=TURNS,
         prefetch=2,
     )
 
@@ -49,7 +51,7 @@ def loader(config, split="train", **more):
 
 def wide(config, **fields):
     """Rows of more than an epoch of documents."""
-    return dataclasses.replace(config, seq_len=1024, prefetch=0, **fields)
+    return dataclasses.replace(config, seq_len=1024, prefetch=0, open_documents=1, **fields)
 
 
 def take(batches, count):
@@ -91,11 +93,24 @@ def test_training_rows_are_packed_without_gaps_and_hold_the_training_documents(c
 
 def test_a_row_of_the_loader_is_that_row_of_the_data(config):
     sources = [split(open_source(spec), 0.3)[0] for spec in config.sources]
-    rows = training_rows(sources, (), config.shuffle_seed, BATCH)
+    streams = training_streams(sources, (), config.shuffle_seed, TURNS * BATCH)
     got = take(loader(config), LONG)
     for row in range(BATCH):
-        alone = PackedBatches({"": rows[row]}, [""], slice(None), TOKENIZER, config.seq_len)
-        assert_equal([type(batch)(*(field[row : row + 1] for field in batch)) for batch in got], take(alone, LONG))
+        for turn in range(TURNS):
+            stream = streams[turn * BATCH + row]
+            alone = PackedBatches({"": stream}, [[""]], slice(None), TOKENIZER, config.seq_len)
+            own = [type(batch)(*(field[row : row + 1] for field in batch)) for batch in got[turn::TURNS]]
+            assert_equal(own, take(alone, LONG // TURNS))
+
+
+def test_the_pieces_of_a_long_document_are_as_many_batches_apart_as_a_row_has_open(tmp_path):
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text(name * 1000)
+    config = DataConfig(sources=(f"files:{tmp_path}/*.txt",), seq_len=64, batch_size=2, heldout_fraction=0.0)
+    for asked, got in ((1, 1), (3, 3), (16, 4)):  # of eight documents, each of two rows can have four
+        batches = take(loader(dataclasses.replace(config, open_documents=asked)), 3 * got)
+        letters = [TOKENIZER.decode(batch.targets[0, :1]) for batch in batches]
+        assert len(set(letters)) == got and letters == 3 * letters[:got]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 6])
@@ -164,7 +179,7 @@ def test_states_of_different_moments_are_not_merged(config):
 def test_a_state_is_small(config):
     ours = loader(config)
     take(ours, 10)
-    assert len(json.dumps(ours.get_state())) < 50 + 20 * BATCH
+    assert len(json.dumps(ours.get_state())) < 50 + 20 * BATCH * TURNS
 
 
 @pytest.mark.parametrize(
@@ -175,6 +190,7 @@ def test_a_state_is_small(config):
         {"shuffle_seed": 1},
         {"heldout_fraction": 0.2},
         {"weights": (1.0, 2.0)},
+        {"open_documents": 1},
         {"sources": ("stdlib",)},
     ],
     ids=lambda change: next(iter(change)),
@@ -193,7 +209,7 @@ def test_a_state_that_lacks_rows_is_refused_and_nothing_is_lost(config):
     half = loader(config, process_index=1, process_count=2)
     ours = loader(config)
     got = take(ours, 2)
-    with pytest.raises(ValueError, match="lacks the rows 0, 1, 2 of this process, and has 3, 4, 5: merge"):
+    with pytest.raises(ValueError, match=r"lacks the streams 0\.0, 1\.0, .* of this process, and has 3\.0, .*: merge"):
         ours.set_state(half.get_state())
     assert_equal(got + take(ours, 3), take(loader(config), 5))
 

@@ -47,7 +47,7 @@ def obvious_rows(texts, seq_len):
 
 def pack(texts, seq_len, rows=1):
     documents = grain.MapDataset.source(list(texts))
-    return list(PackedBatches({"all": documents}, ["all"] * rows, slice(None), TOKENIZER, seq_len))
+    return list(PackedBatches({"all": documents}, [["all"] * rows], slice(None), TOKENIZER, seq_len))
 
 
 def assert_rows(batch: Batch, rows):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama4_jax.data.documents import Documents
-from llama4_jax.data.mixture import heldout_documents, training_rows
+from llama4_jax.data.mixture import heldout_documents, training_streams
 from llama4_jax.data.shuffle import Shuffled
 
 
@@ -70,7 +70,7 @@ def test_an_empty_data_set_cannot_be_shuffled():
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 7), epochs=st.integers(1, 3))
 def test_the_rows_together_read_every_document_once_an_epoch(count, batch_size, epochs):
-    rows = training_rows([Numbered(count)], (), 3, batch_size)
+    rows = training_streams([Numbered(count)], (), 3, batch_size)
     read = [rows[i % batch_size][i // batch_size] for i in range(count * epochs)]
     for epoch in range(epochs):
         assert sorted(read[epoch * count : (epoch + 1) * count], key=int) == names(count)
@@ -79,7 +79,7 @@ def test_the_rows_together_read_every_document_once_an_epoch(count, batch_size, 
 @pytest.mark.parametrize(("weights", "expected"), [((), 0.25), ((1.0, 1.0), 0.5), ((0.9, 0.1), 0.9)])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_each_row_draws_from_the_sources_by_weight(weights, expected, batch_size):
-    rows = training_rows([Numbered(30, "a"), Numbered(90, "b")], weights, 0, batch_size)
+    rows = training_streams([Numbered(30, "a"), Numbered(90, "b")], weights, 0, batch_size)
     for row in rows:
         drawn = [row[i][0] for i in range(100)]
         assert abs(drawn.count("a") / 100 - expected) <= 0.01

@@ -19,7 +19,8 @@ from sharding import MeshConfig, make_mesh
 # Rows of 32 tokens reach past two chunks of 8 and several temperature buckets; weights are large enough to matter.
 SCOUT = ModelConfig(
     vocab_size=96, embed_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, expert_mlp_dim=16,
-    num_experts=4, nope_interval=2, attention_chunk=8, temperature_floor=4, context_length=64, init_std=0.08, router_bias=True,
+    num_experts=4, nope_interval=2, attention_chunk=8, temperature_floor=4, context_length=64, init_std=0.08,
+    router_bias=True,
 )  # fmt: skip
 MAVERICK = dataclasses.replace(SCOUT, num_experts=8, top_k=2, moe_interval=2, qk_norm=False, query_scale="ssmax_bias")
 
@@ -71,7 +72,9 @@ def start(trainer: Trainer) -> TrainState:
 _drawn: dict[str, TrainState] = {}
 
 
-def run(trainer: Trainer, batches: list[Batch], state: TrainState | None = None) -> tuple[TrainState, list[StepMetrics]]:
+def run(
+    trainer: Trainer, batches: list[Batch], state: TrainState | None = None
+) -> tuple[TrainState, list[StepMetrics]]:
     """The state after these batches, and what was measured at each."""
     figures = []
     with jax.set_mesh(trainer.mesh):

@@ -41,7 +41,7 @@ def steps(model: str, mesh: str | None):
 )  # fmt: skip
 def test_loss_and_gradients_on_eight_devices_equal_those_on_one(model, mesh):
     _, _, expected_gradients, expected_bias, expected = steps(model, None)
-    made, state, got_gradients, got_bias, got = steps(model, mesh)
+    made, _, got_gradients, got_bias, got = steps(model, mesh)
     assert made.mesh.size == 8
     for mine, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine.loss, theirs.loss, rtol=2e-6)
@@ -59,7 +59,7 @@ def test_loss_and_gradients_on_eight_devices_equal_those_on_one(model, mesh):
      ("fsdp 4, tensor 2", "vocab")],
 )  # fmt: skip
 def test_each_device_holds_its_part_of_what_the_mesh_splits_and_so_does_the_optimizer(mesh, split):
-    made, state, *_ = steps("scout", mesh)
+    _, state, *_ = steps("scout", mesh)
     for tree in (state.params, state.optimizer):
         variables = [v for v in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "axes")) if hasattr(v, "axes")]
         parts = [v for v in variables if split in v.axes]

@@ -1,0 +1,36 @@
+"""Scout's text model from scratch, on 256 chips of a TPU v5p or more.
+
+Needs a `tokenizer.model` and Parquet files with a column "text", at the paths below or others:
+
+    python train.py scout_pretrain --data.sources "parquet:/data/*.parquet"
+
+Sizes of the model are Meta's. The rest is ours: Meta has published neither its schedule nor its batch.
+"""
+
+from llama4_jax.config import RunConfig
+from llama4_jax.data.config import DataConfig
+from llama4_jax.model.config import Precision
+from llama4_jax.model.presets import preset
+from llama4_jax.train.balance import BalanceConfig
+from llama4_jax.train.optimizer import OptimizerConfig
+from sharding import MeshConfig
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        name="scout_pretrain",
+        model=preset("scout"),
+        data=DataConfig(
+            sources=("parquet:data/*.parquet",), tokenizer="tokenizer.model", seq_len=8192, batch_size=512,
+            heldout_fraction=0.001,
+        ),
+        optimizer=OptimizerConfig(schedule="wsd", peak_lr=2e-4, warmup_steps=2000),
+        balance=BalanceConfig(switch=1e-2, z=1e-3),
+        precision=Precision(params="float32", compute="bfloat16"),
+        mesh=MeshConfig(data=-1, fsdp=16, expert=16),
+        steps=250_000,
+        remat="full",
+        eval_every=1000,
+        checkpoint_every=1000,
+        keep_checkpoints=3,
+    )  # fmt: skip
