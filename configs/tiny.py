@@ -15,7 +15,7 @@ def config() -> RunConfig:
         optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=50),
         balance=BalanceConfig(bias_rate=1e-3),
         steps=600,
-        eval_every=150,
-        eval_batches=32,
-        checkpoint_every=150,
+        eval_every=200,
+        eval_batches=64,
+        checkpoint_every=200,
     )
