@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from micro_run import WORDS, finished_run, infer
@@ -62,7 +63,7 @@ def test_score_gives_bits_per_byte_and_nats_by_position(run, model, tmp_path):
     nll = []
     for start in range(0, len(tokens) - 1, 64):
         piece = tokens[start : start + 65]
-        logits = np.asarray(model(piece[None, :-1])[0], np.float64)
+        logits = np.asarray(model(jnp.asarray(piece[None, :-1]))[0], np.float64)
         log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
         nll += list(log_sum - logits[np.arange(len(piece) - 1), piece[1:]])
     assert (got["bytes"], got["tokens"]) == (len(text.encode()), len(nll))
