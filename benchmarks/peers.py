@@ -138,6 +138,7 @@ class OurTraining:
     """The project's own training step on the parameters of `model`, which it takes: they are donated to each step."""
 
     def __init__(self, model):
+        import jax
         import numpy as np
 
         from llama4_jax.config import RunConfig
@@ -158,7 +159,9 @@ class OurTraining:
             scan_layers=False,
         )
         self.trainer = make_trainer(config, make_mesh(MeshConfig()), next_token)
-        self.state = first_state(model, make_optimizer(config.optimizer, config.steps))
+        state = first_state(model, make_optimizer(config.optimizer, config.steps))
+        # Where the step leaves it, so that the second step is the first one's program.
+        self.state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.trainer.abstract))
         tokens = random_tokens(BATCH, LENGTH)
         ones = np.ones_like(tokens)
         self.batch = Batch(

@@ -21,12 +21,15 @@ from jaxtyping import Array, Float, Int
 from sharding import constrain
 from sharding.rules import ACTIVATIONS
 
-PIECE_LOGITS = 2**24  # default size of a piece: float32 logits of one row, i.e. 64 MiB
+# Default size of a piece, a device: with fewer tokens, adding to the head's gradient costs more than the products do;
+# with more, the logits only take more memory (128 MiB of float32 for 32 768 words).
+PIECE_TOKENS = 1024
 
 
-def _num_pieces(pieces: int | None, num_tokens: int, vocab: int) -> int:
+def _num_pieces(pieces: int | None, targets: Int[Array, "B T"]) -> int:
+    rows, num_tokens = targets.shape
     if pieces is None:
-        return min(num_tokens, math.ceil(num_tokens * vocab / PIECE_LOGITS))
+        return min(num_tokens, math.ceil(rows // _batch_shards(rows) * num_tokens / PIECE_TOKENS))
     if not 1 <= pieces <= num_tokens:
         raise ValueError(f"cross entropy: pieces must be between 1 and the {num_tokens} tokens of a row, got {pieces}.")
     return pieces
@@ -73,7 +76,7 @@ def token_nll(
 
     Its gradient computes the logits of each piece a second time.
     """
-    pieces = _num_pieces(pieces, targets.shape[1], head.shape[1])
+    pieces = _num_pieces(pieces, targets)
     compute_dtype = hidden.dtype if compute_dtype is None else compute_dtype
     head = _prepare(head, compute_dtype)
 
@@ -153,11 +156,11 @@ def linear_cross_entropy(
     `hidden`, `head` and `weights`; gradients have the dtypes of their arguments. A token of weight 0 adds nothing,
     whatever its target, as long as that is in [0, V).
 
-    `pieces`: how many parts T is cut into; None: parts of about 2^24 logits a row. `compute_dtype`: that of the
+    `pieces`: how many parts T is cut into; None: parts of about 1024 tokens a device. `compute_dtype`: that of the
     factors of the products, which are summed in float32; None: that of `hidden`. Raises ValueError for an impossible
     number of pieces.
     """
-    pieces = _num_pieces(pieces, targets.shape[1], head.shape[1])
+    pieces = _num_pieces(pieces, targets)
     compute_dtype = hidden.dtype if compute_dtype is None else compute_dtype
     weights = weights.astype(jnp.float32)
     return _weighted_sum(hidden, head, targets, weights, pieces, jnp.dtype(compute_dtype)), weights.sum()
