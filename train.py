@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             prog=f"train.py {arguments[0]}",
             args=arguments[1:],
             default=base,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            config=(tyro.conf.AvoidSubcommands,),
         )
         import jax
 

@@ -11,11 +11,11 @@ def config() -> RunConfig:
     return RunConfig(
         name="tiny",
         model=preset("tiny"),
-        data=DataConfig(sources=("stdlib",), tokenizer="bytes", seq_len=512, batch_size=4),
-        optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=50),
+        data=DataConfig(sources=("stdlib",), tokenizer="bytes", seq_len=384, batch_size=8),
+        optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=40),
         balance=BalanceConfig(bias_rate=1e-3),
-        steps=600,
-        eval_every=200,
-        eval_batches=64,
-        checkpoint_every=200,
+        steps=400,
+        eval_every=100,
+        eval_batches=32,
+        checkpoint_every=100,
     )

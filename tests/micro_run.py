@@ -93,7 +93,7 @@ def finished_run(tmp_path_factory) -> Path:
         run = shared / "micro_runs" / "undisturbed" / "micro"
         if not run.exists():
             place = new_place(tmp_path_factory, "undisturbed")
-            result = train(place, "--profile", "True")
+            result = train(place, "--profile")
             (place / "stdout.txt").write_text(result.stdout)
             assert result.returncode == 0, result.stderr
         return run

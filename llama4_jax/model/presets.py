@@ -92,7 +92,7 @@ _TINY = ModelConfig(
     attention_chunk=128,
     temperature_floor=128,
     router_bias=True,
-    context_length=2048,
+    context_length=1024,
 )
 
 PRESETS: dict[str, ModelConfig] = {

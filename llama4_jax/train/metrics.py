@@ -72,17 +72,23 @@ def figures(metrics: StepMetrics) -> dict[str, float]:
 
 
 class Log:
-    """Appends to metrics.jsonl and TensorBoard, and shows a bar on a terminal or plain lines elsewhere."""
+    """Appends to metrics.jsonl and TensorBoard, and shows a bar on a terminal or plain lines elsewhere.
+
+    Of several processes the first one does; in the others it is silent.
+    """
 
     def __init__(self, run: Path, *, first_step: int, steps: int):
-        self.path = run / "metrics.jsonl"
-        _forget_after(self.path, first_step)
-        self._file = self.path.open("a")
+        leads = jax.process_index() == 0
+        self._file = None
+        if leads:
+            path = run / "metrics.jsonl"
+            _forget_after(path, first_step)
+            self._file = path.open("a")
         self._board = None
         self._board_directory = run / "tensorboard"
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not leads)
         self._progress = None
-        if self.console.is_terminal:
+        if leads and self.console.is_terminal:
             self._progress = Progress(
                 BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
                 TextColumn("left"), TimeRemainingColumn(), console=self.console,
@@ -96,6 +102,8 @@ class Log:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **{k: _json_number(v) for k, v in values.items()}}) + "\n")
         self._file.flush()
         if self._board is None:
@@ -120,7 +128,8 @@ class Log:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
