@@ -82,6 +82,15 @@ def test_sigterm_saves_at_that_very_step_and_exits_0_and_the_rest_is_the_same(un
     assert_same_run(run, undisturbed)
 
 
+def test_a_run_goes_on_on_a_mesh_of_eight_with_the_same_figures_but_for_rounding(undisturbed, set_back, place):
+    result = train(place, "--mesh.data", "2", "--mesh.expert", "2", "--mesh.tensor", "2")
+    assert result.returncode == 0, result.stderr
+    assert "mesh: data 2, expert 2, tensor 2" in result.stdout and "More of it:" in result.stdout
+    assert f"resumed at step {FIRST_KEPT} of {STEPS}" in result.stdout
+    for mine, theirs in zip(figures(set_back), figures(undisturbed), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
 def damage(checkpoint):
     """Cuts one file of its arrays short and overwrites the others."""
     files = [path for path in (checkpoint / "model").rglob("*") if path.is_file() and path.parent.name == "d"]
