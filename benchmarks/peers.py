@@ -321,10 +321,10 @@ def measure(model: str, path: str, dtype: str, tasks: list[str], names: list[str
         merged: dict[str, Figure] = {}
         for pair in pairs:
             for figure in interleave(model, path, dtype, ["train_step"], pair, rounds):
-                if figure.contender in merged:
-                    merged[figure.contender].seconds += figure.seconds
-                else:
-                    merged[figure.contender] = figure
+                known = merged.setdefault(figure.contender, figure)
+                if known is not figure:
+                    known.seconds += figure.seconds
+                    known.peak_mib = max(known.peak_mib, figure.peak_mib)
         figures += merged.values()
     return figures
 

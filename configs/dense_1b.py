@@ -1,6 +1,8 @@
 """A dense student of 1.8 B parameters with Llama 4's attention, on 16 accelerators or more.
 
-python train.py dense_1b --data.sources jsonl:/data/*.jsonl --data.tokenizer tokenizer.model
+Needs a `tokenizer.model` and JSON Lines with a field "text", at the paths below or others:
+
+    python train.py dense_1b --data.sources "jsonl:/data/*.jsonl"
 """
 
 from llama4_jax.config import RunConfig
