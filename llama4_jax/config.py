@@ -100,11 +100,41 @@ def to_json(config: RunConfig) -> str:
 
 def from_json(text: str) -> RunConfig:
     """The config of `to_json`. Raises ValueError naming a field that is missing, unknown or of the wrong type."""
+    return _build(RunConfig, _parse(text), "")
+
+
+def _parse(text: str) -> Any:
     try:
-        tree = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"config.json is not JSON: {error}.") from error
-    return _build(RunConfig, tree, "")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What the config.json of a directory of ours says of the model in it.
+
+    - scan_layers: whether its checkpoints stack the layers that repeat
+    - provenance: where each field of the model's config comes from; None in a run of `train.py`
+    """
+
+    model: ModelConfig
+    scan_layers: bool
+    provenance: dict[str, str] | None = None
+
+
+def converted_to_json(model: ModelConfig, provenance: dict[str, str]) -> str:
+    """The config.json of a directory that was converted from another format: a model, and no run."""
+    return json.dumps({"model": dataclasses.asdict(model), "provenance": provenance}, indent=1)
+
+
+def model_from_json(text: str) -> SavedModel:
+    """The model of `to_json` or `converted_to_json`. Raises ValueError as `from_json` does."""
+    tree = _parse(text)
+    if not (isinstance(tree, dict) and "provenance" in tree):
+        run = from_json(text)
+        return SavedModel(run.model, run.scan_layers)
+    return SavedModel(_build(ModelConfig, tree.get("model"), "model"), False, tree["provenance"])
 
 
 def differences(saved: RunConfig, new: RunConfig) -> list[str]:

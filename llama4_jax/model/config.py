@@ -37,6 +37,50 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Sizes of the vision encoder (a ViT), its adapter and its projector. Source: `Llama4VisionConfig` of transformers
+    5.23, `VisionArgs` of llama-models 0.3.0. Raises ValueError for sizes that do not fit together."""
+
+    embed_dim: int = 1408
+    num_layers: int = 34
+    num_heads: int = 16
+    mlp_dim: int = 5632
+    image_size: int = 336  # pixels of a tile's side
+    patch_size: int = 14  # pixels of a patch's side
+    num_channels: int = 3
+    pixel_shuffle_ratio: float = 0.5  # each side of the grid of patches becomes this much shorter, and vectors longer
+    adapter_dim: int = 4096
+    output_dim: int = 4096  # of the adapter; the projector takes it to the text model's embed_dim
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        sizes = ("embed_dim", "num_layers", "num_heads", "mlp_dim", "image_size", "patch_size", "num_channels",
+                 "adapter_dim", "output_dim")  # fmt: skip
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.vision.{name} must be at least 1, got {getattr(self, name)}.")
+        for name, of in (("num_heads", "embed_dim"), ("patch_size", "image_size")):
+            if getattr(self, of) % getattr(self, name):
+                raise ValueError(
+                    f"model.vision.{of} ({getattr(self, of)}) must be a multiple of model.vision.{name} "
+                    f"({getattr(self, name)})."
+                )
+        if not 0 < self.pixel_shuffle_ratio <= 1:
+            raise ValueError(f"model.vision.pixel_shuffle_ratio must be in (0, 1], got {self.pixel_shuffle_ratio}.")
+
+    @property
+    def num_patches(self) -> int:
+        """Of one tile, before the pixel shuffle."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def shuffled_dim(self) -> int:
+        """Width after the pixel shuffle."""
+        return round(self.embed_dim / self.pixel_shuffle_ratio**2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Everything that distinguishes one layer from another."""
 
@@ -85,6 +129,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     context_length: int = 8192  # the longest sequence that the model is meant for
     init_std: float = 0.02
+
+    vision: VisionConfig | None = None  # read, converted and written; the model computes text only, as yet
 
     def __post_init__(self):
         sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",

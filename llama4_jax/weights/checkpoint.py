@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.experimental import multihost_utils
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
@@ -173,8 +172,3 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints are renamed")
         self._manager.close()
         self._manager = self._open()
-
-
-def model_leaves(*states: nnx.State) -> dict[str, Any]:
-    """Parameters and biases by name: `decoder.rest.0.attention.q.kernel`."""
-    return {name: leaf for state in states for name, leaf in named_leaves(state).items()}

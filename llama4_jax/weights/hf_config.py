@@ -7,7 +7,7 @@ an error, not a guess.
 
 from collections.abc import Sequence
 
-from llama4_jax.model.config import ModelConfig, RopeScaling
+from llama4_jax.model.config import ModelConfig, RopeScaling, VisionConfig
 
 _DEFAULTS = {
     "vocab_size": 202_048,
@@ -42,6 +42,54 @@ _ROPE_THETA = 500_000.0
 # What the model has no switch for: the only value it implements.
 _FIXED = {"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False}
 
+# The same of `Llama4VisionConfig`.
+_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "hidden_act": "gelu",
+    "num_hidden_layers": 34,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "intermediate_size": 5632,
+    "vision_output_dim": 7680,
+    "image_size": 448,
+    "patch_size": 14,
+    "norm_eps": 1e-5,
+    "vision_feature_select_strategy": "default",
+    "pixel_shuffle_ratio": 0.5,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+    "multi_modal_projector_bias": False,
+}
+_VISION_FIXED = {
+    "hidden_act": "gelu", "vision_feature_select_strategy": "default", "multi_modal_projector_bias": False,
+}  # fmt: skip
+
+# Where each field of ours comes from: the first of these keys that the file has.
+_KEYS = {
+    "vocab_size": ("vocab_size",),
+    "embed_dim": ("hidden_size",),
+    "num_layers": ("num_hidden_layers",),
+    "num_heads": ("num_attention_heads",),
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "mlp_dim": ("intermediate_size_mlp",),
+    "expert_mlp_dim": ("intermediate_size",),
+    "num_experts": ("num_local_experts",),
+    "top_k": ("num_experts_per_tok",),
+    "moe_layers": ("moe_layers", "interleave_moe_layer_step"),
+    "rope_layers": ("no_rope_layers", "no_rope_layer_interval"),
+    "attention_chunk": ("layer_types", "attention_chunk_size"),
+    "qk_norm": ("use_qk_norm",),
+    "rope_theta": ("rope_parameters", "rope_scaling", "rope_theta"),
+    "rope_scaling": ("rope_scaling", "rope_parameters"),
+    "query_scale": ("attn_temperature_tuning",),
+    "temperature_floor": ("floor_scale",),
+    "temperature_coef": ("attn_scale",),
+    "norm_eps": ("rms_norm_eps",),
+    "context_length": ("max_position_embeddings",),
+    "init_std": ("initializer_range",),
+}
+
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
 
 
@@ -49,11 +97,15 @@ def model_config(config_json: dict) -> ModelConfig:
     """The model that a config.json describes. Raises ValueError as `model_config_fields` does."""
     fields = model_config_fields(config_json)
     scaling = fields.pop("rope_scaling")
-    return ModelConfig(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+    return ModelConfig(
+        **fields,
+        rope_scaling=None if scaling is None else RopeScaling(**scaling),
+        vision=vision_config(config_json),
+    )
 
 
 def model_config_fields(config_json: dict) -> dict:
-    """The fields of `ModelConfig` that a config.json determines; `rope_scaling` is a dictionary of `RopeScaling`'s.
+    """The text fields of `ModelConfig` that a config.json determines; `rope_scaling` is a dictionary of its fields.
 
     Takes Llama4ForConditionalGeneration's (nested) and Llama4ForCausalLM's (flat), old keys and new. Raises ValueError
     for another kind of model, and for values that this model cannot express.
@@ -92,6 +144,69 @@ def model_config_fields(config_json: dict) -> dict:
         "context_length": value["max_position_embeddings"],
         "init_std": float(value["initializer_range"]),
     }
+
+
+def provenance(config_json: dict) -> dict[str, str]:
+    """Where each field of `model_config(config_json)` comes from: a key of the file, or a default."""
+    text = _text_config(config_json)
+    where = "" if text is config_json else "text_config."
+    found = {}
+    for field, keys in _KEYS.items():
+        key = next((key for key in keys if text.get(key) not in (None, [])), None)
+        if key is not None:
+            found[field] = f"config.json: {where}{key}"
+        else:
+            found[field] = "default of transformers' Llama4TextConfig"
+    for field in ("moe_interval", "nope_interval", "query_scale_layers", "router_bias"):
+        found[field] = "layer by layer in moe_layers and rope_layers" if "interval" in field else "the architecture"
+    has_vision = isinstance(config_json.get("vision_config"), dict)
+    found["vision"] = "config.json: vision_config" if has_vision else "config.json: no vision_config"
+    return found
+
+
+def vision_config(config_json: dict) -> VisionConfig | None:
+    """The vision encoder that a config.json describes; None for a text model. Raises ValueError for what this model
+    cannot express."""
+    vision = config_json.get("vision_config")
+    if not isinstance(vision, dict):
+        return None
+    value = {**_VISION_DEFAULTS, **{key: vision[key] for key in _VISION_DEFAULTS if key in vision}}
+    for key, only in _VISION_FIXED.items():
+        if value[key] != only:
+            raise ValueError(f"config.json: vision_config.{key} is {value[key]!r}, but only {only!r} is supported.")
+    if value["vision_output_dim"] != value["projector_output_dim"]:
+        raise ValueError(
+            f"config.json: vision_config.vision_output_dim is {value['vision_output_dim']}, but the adapter before "
+            f"it gives projector_output_dim, {value['projector_output_dim']}."
+        )
+    config = VisionConfig(
+        embed_dim=value["hidden_size"],
+        num_layers=value["num_hidden_layers"],
+        num_heads=value["num_attention_heads"],
+        mlp_dim=value["intermediate_size"],
+        image_size=_side("image_size", value["image_size"]),
+        patch_size=_side("patch_size", value["patch_size"]),
+        num_channels=value["num_channels"],
+        pixel_shuffle_ratio=float(value["pixel_shuffle_ratio"]),
+        adapter_dim=value["projector_input_dim"],
+        output_dim=value["projector_output_dim"],
+        rope_theta=float((vision.get("rope_parameters") or vision).get("rope_theta") or 10_000.0),
+        norm_eps=float(value["norm_eps"]),
+    )
+    if config.shuffled_dim != config.mlp_dim:
+        # transformers gives the adapter's first layer intermediate_size inputs
+        raise ValueError(
+            f"config.json: vision_config.intermediate_size is {config.mlp_dim}, but the pixel shuffle makes vectors "
+            f"of hidden_size / pixel_shuffle_ratio² = {config.shuffled_dim} for the adapter."
+        )
+    return config
+
+
+def _side(key: str, size: int | Sequence[int]) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"config.json: vision_config.{key} must be square, got {size}.")
+    return sides.pop()
 
 
 def _text_config(config_json: dict) -> dict:
@@ -168,10 +283,48 @@ def _rope(text: dict, context_length: int) -> tuple[float, dict | None]:
 
 
 def to_hf_config(config: ModelConfig) -> dict:
-    """The config.json of a Llama4ForCausalLM that computes the same. Token ids are left to whoever has a tokenizer.
+    """The config.json of a Llama4ForCausalLM that computes the same, or, with a vision encoder, of a
+    Llama4ForConditionalGeneration. Token ids are left to whoever has a tokenizer.
 
     Raises ValueError for what Hugging Face's model cannot do.
     """
+    text = _text_to_hf(config)
+    if config.vision is None:
+        return {"architectures": ["Llama4ForCausalLM"], **text}
+    vision = config.vision
+    if vision.shuffled_dim != vision.mlp_dim:
+        raise ValueError(
+            f"Hugging Face's adapter has vision.mlp_dim inputs, so vision.mlp_dim ({vision.mlp_dim}) must be "
+            f"embed_dim / pixel_shuffle_ratio² ({vision.shuffled_dim})."
+        )
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": text,
+        "vision_config": {
+            "model_type": "llama4_vision_model",
+            "hidden_size": vision.embed_dim,
+            "hidden_act": "gelu",
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_heads,
+            "num_channels": vision.num_channels,
+            "intermediate_size": vision.mlp_dim,
+            "vision_output_dim": vision.output_dim,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "norm_eps": vision.norm_eps,
+            "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
+            "projector_input_dim": vision.adapter_dim,
+            "projector_output_dim": vision.output_dim,
+            "multi_modal_projector_bias": False,
+            "vision_feature_select_strategy": "default",
+            "rope_parameters": {"rope_type": "default", "rope_theta": vision.rope_theta},
+        },
+        "tie_word_embeddings": False,
+    }
+
+
+def _text_to_hf(config: ModelConfig) -> dict:
     if config.query_scale not in ("none", "temperature"):
         raise ValueError(f"query_scale {config.query_scale!r} has no counterpart in Hugging Face's Llama 4.")
     if config.query_scale == "temperature" and any(s.rope and s.query_scale != "none" for s in config.layers):
@@ -191,7 +344,6 @@ def to_hf_config(config: ModelConfig) -> dict:
             "original_max_position_embeddings": config.rope_scaling.original_context,
         }
     return {
-        "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,

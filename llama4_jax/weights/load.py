@@ -1,36 +1,33 @@
-"""A directory of weights → a model ready to use: Hugging Face's, or one of our own runs.
+"""A directory of weights → a model ready to use: Hugging Face's, Meta's, or one of our own.
 
 Tensors stream: each goes to its devices before the next is read, so the host holds one at a time and there are never
-two copies of the model. On a mesh each device takes its own part.
+two copies of the model. On a mesh each device takes its own part, and a host reads only the parts of its devices.
 """
 
 import dataclasses
-import json
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding
 
 from llama4_jax.model.config import ModelConfig, Precision, difference
 from llama4_jax.model.llama4 import Llama4
-from llama4_jax.model.moe import BalanceBias
 from llama4_jax.model.presets import PRESETS
-from llama4_jax.weights import table
-from llama4_jax.weights.hf_config import model_config
-from llama4_jax.weights.safetensors import HFCheckpoint
+from llama4_jax.weights.source import RunWeights, Weights, open_weights, run_steps, source_format
 from sharding import parameter_sharding
 
 
 def from_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: str = "bfloat16") -> Llama4:
     """The model in a directory, its layers one by one, as decoding wants them.
 
-    - path: a Hugging Face directory (config.json and *.safetensors, one file or shards), or a run directory of
-      `train.py`, of which the newest whole checkpoint is taken
+    - path: a Hugging Face directory (config.json and *.safetensors, one file or shards), a Meta directory (params.json
+      and consolidated.*.pth), or a directory of ours: a run of `train.py`, or what `llama4 convert` made. Of these the
+      newest whole checkpoint is taken. Quantized weights are dequantized.
     - mesh: places each parameter on it, by the rules of `sharding`; without, all are on the default device
     - dtype: of parameters and computation, "float32" or "bfloat16"; logits are float32
 
@@ -42,75 +39,71 @@ def from_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: str = "bf
     """
     path = Path(path)
     precision = Precision(params=dtype, compute=dtype)
-    kind = _kind(path)
-    if kind == "run":
+    if source_format(path) == "run":
         return load_run(path, precision=precision, mesh=mesh)
-    checkpoint = HFCheckpoint(path)
-    config = model_config(checkpoint.config)
-    for line in preset_differences(config):
+    weights = open_weights(path)
+    for line in preset_differences(weights.config):
         print(line, file=sys.stderr)
-    return load(config, table.from_hf(config, checkpoint), precision=precision, mesh=mesh)
+    if weights.config.vision is not None:
+        print(f"{path} has a vision encoder, which is not computed yet: this is its text model.", file=sys.stderr)
+    return load(weights, precision=precision, mesh=mesh)
 
 
-def _kind(path: Path) -> str:
-    """ "hf" or "run", by what config.json holds. Raises as `from_pretrained` does."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such directory: {path}")
-    file = path / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{path} has no config.json: it is neither a Hugging Face directory nor a run of train.py."
+def load(weights: Weights, *, precision: Precision, mesh: Mesh | None) -> Llama4:
+    """The text model of these weights. Raises ValueError for a tensor that is missing, unknown or of another shape, and
+    for a mesh that does not divide one, before anything is read."""
+    return _fill(_empty_model(weights, precision, mesh), weights)
+
+
+class _EmptyModel(NamedTuple):
+    model: Llama4  # its parameters have shapes and no values
+    variables: dict[str, nnx.Variable]
+    places: dict[str, Sharding | None]
+
+
+def _empty_model(weights: Weights, precision: Precision, mesh: Mesh | None) -> _EmptyModel:
+    model = nnx.eval_shape(lambda: Llama4(weights.config, precision=precision, scan_layers=False))
+    variables = named_variables(model)
+    names = {name for name in weights.names if not name.startswith(("vision.", "projector."))}
+    problems = [f"the model's {name} got no tensor" for name in variables if name not in names]
+    problems += [f"the model has no place for {name}" for name in sorted(names - variables.keys())]
+    for name in sorted(names & variables.keys()):
+        expected, actual = variables[name].get_value().shape, weights.shape(name)
+        if actual != expected:
+            problems.append(f"{name} has the shape {actual}, but the config makes it {expected}")
+    if problems:
+        raise ValueError(
+            f"{weights.path} does not hold this model's tensors, {len(problems)} point(s):\n  "
+            + "\n  ".join(problems[:20])
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}.") from error
-    for kind, key in (("hf", "model_type"), ("run", "model")):
-        if isinstance(config, dict) and key in config:
-            return kind
-    raise ValueError(f"{file} is of neither a Hugging Face model (no model_type) nor a run of train.py (no model).")
+    return _EmptyModel(model, variables, {name: _place(v, mesh, name) for name, v in variables.items()})
 
 
-def load(
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, np.ndarray | jax.Array]],
-    *,
-    precision: Precision,
-    mesh: Mesh | None,
-) -> Llama4:
-    """The model of `config` with these tensors, named as in `weights.table`, as its parameters.
-
-    Raises ValueError for a tensor that is missing, unknown, doubled or of another shape.
-    """
-    model = nnx.eval_shape(lambda: Llama4(config, precision=precision, scan_layers=False))
-    waiting = named_variables(model)
-    places = {name: _place(variable, mesh, name) for name, variable in waiting.items()}  # before reading anything
-    for name, array in tensors:
-        variable = waiting.pop(name, None)
-        if variable is None:
-            raise ValueError(f"the model has no place for {name}, or had it already.")
+def _fill(empty: _EmptyModel, weights: Weights) -> Llama4:
+    for name, variable in empty.variables.items():
         expected = variable.get_value()
-        if array.shape != expected.shape:
-            raise ValueError(f"{name} has the shape {array.shape}, but the config makes it {expected.shape}.")
-        variable.set_value(_put(array, expected.dtype, places[name]))
-        del array  # before the next is read
-    if waiting:
-        raise ValueError(f"the model's {', '.join(waiting)} got no tensor.")
-    return model
+        variable.set_value(_put(weights, name, expected.dtype, empty.places[name]))
+    return empty.model
 
 
 def _place(variable: nnx.Variable, mesh: Mesh | None, name: str) -> Sharding | None:
     return None if mesh is None else parameter_sharding(variable.get_value().shape, variable.axes, mesh, name)
 
 
-def _put(array: np.ndarray | jax.Array, dtype: jnp.dtype, place: Sharding | None) -> jax.Array:
-    if isinstance(array, jax.Array):
-        return array.astype(dtype) if place is None else jax.device_put(array.astype(dtype), place)
+def _put(weights: Weights, name: str, dtype: jnp.dtype, place: Sharding | None) -> jax.Array:
+    """One tensor on its devices: of each only its part is read, and parts that several hold are read once."""
     if place is None:
-        return jnp.array(array.astype(dtype))
-    return jax.make_array_from_callback(
-        array.shape, place, lambda index: np.ascontiguousarray(array[index]).astype(dtype)
-    )
+        return jnp.array(weights.read(name).astype(dtype))
+    shape, read = weights.shape(name), {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        if bounds not in read:
+            part = weights.read(name, tuple(slice(*ends) for ends in bounds))
+            read[bounds] = np.ascontiguousarray(part).astype(dtype)
+        return read[bounds]
+
+    return jax.make_array_from_callback(shape, place, part)
 
 
 def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
@@ -124,41 +117,26 @@ def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
 
 def load_run(run: Path, *, precision: Precision, mesh: Mesh | None) -> Llama4:
     """The model of a run directory's newest readable checkpoint. Raises as `from_pretrained` does."""
-    # Here, since neither is needed for Hugging Face's directories, and Orbax takes a second to import.
-    from llama4_jax.config import from_json
-    from llama4_jax.weights.checkpoint import Checkpoints
-
-    config = from_json((run / "config.json").read_text(encoding="utf-8"))
-    if not (run / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{run} holds no checkpoint: {run / 'checkpoints'} is not there yet.")
-    saved = nnx.eval_shape(lambda: Llama4(config.model, precision=precision, scan_layers=config.scan_layers))
-    wanted = {}
-    for path, variable in nnx.to_flat_state(nnx.state(saved)):
-        name = ".".join(map(str, ("bias" if isinstance(variable, BalanceBias) else "params", *path)))
-        place = _place(variable, mesh, name) or SingleDeviceSharding(jax.devices()[0])
-        wanted[name] = jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=place)
-    checkpoints = Checkpoints(run, read_only=True, say=lambda line: print(line, file=sys.stderr))
-    checkpoint = checkpoints.newest(abstract=lambda: (wanted, None))
-    checkpoints.close()
-    if checkpoint is None:
-        raise FileNotFoundError(f"{run} holds no complete checkpoint: there is none in {run / 'checkpoints'}.")
-    return load(config.model, _layer_by_layer(saved, checkpoint.model), precision=precision, mesh=mesh)
+    steps = run_steps(run)
+    for step in reversed(steps):
+        try:
+            weights = RunWeights(run, step)
+        except Exception as error:  # a damaged file may show as anything
+            _say_damaged(run, step, error)
+            continue
+        empty = _empty_model(weights, precision, mesh)  # what is wrong here is no damage
+        try:
+            return _fill(empty, weights)
+        except Exception as error:
+            _say_damaged(run, step, error)
+    raise ValueError(f"none of the checkpoints {steps} in {run / 'checkpoints'} can be read: all are damaged.")
 
 
-def _layer_by_layer(model: Llama4, arrays: dict[str, jax.Array]) -> Iterator[tuple[str, jax.Array]]:
-    """A run's arrays under the names of `weights.table`, stacks taken apart. Empties `arrays` on its way."""
-    scanned, period = model.decoder.repeats * len(model.decoder.group), len(model.decoder.group)
-    while arrays:
-        name, array = arrays.popitem()
-        match name.split(".")[1:]:  # after params or bias
-            case ["decoder", "group", place, *rest]:
-                for repeat in range(model.decoder.repeats):
-                    yield ".".join(["layers", str(repeat * period + int(place)), *rest]), array[repeat]
-            case ["decoder", "rest", index, *rest]:
-                yield ".".join(["layers", str(scanned + int(index)), *rest]), array
-            case rest:
-                yield ".".join(rest), array
-        del array
+def _say_damaged(run: Path, step: int, error: Exception) -> None:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    print(
+        f"checkpoint {run / 'checkpoints' / str(step)} is damaged ({reason}); trying the one before.", file=sys.stderr
+    )
 
 
 _SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "expert_mlp_dim",
@@ -169,6 +147,7 @@ _PATTERN = ("moe_interval", "moe_layers", "nope_interval", "rope_layers")  # by 
 def preset_differences(config: ModelConfig) -> list[str]:
     """How a config that was read differs from the presets of its sizes, a line a field, under a line a preset."""
     lines = []
+    config = dataclasses.replace(config, vision=None)  # presets are of the text model
     for name, preset in PRESETS.items():
         if any(getattr(config, size) != getattr(preset, size) for size in _SIZES):
             continue
@@ -176,6 +155,6 @@ def preset_differences(config: ModelConfig) -> list[str]:
             preset = dataclasses.replace(preset, **{field: getattr(config, field) for field in _PATTERN})
         fields = difference(config, preset)
         if fields:
-            lines += [f"config.json differs from the preset {name!r}, and wins (config.json != preset):"]
+            lines += [f"the config differs from the preset {name!r}, and wins (config != preset):"]
             lines += [f"  {field}" for field in fields]
     return lines

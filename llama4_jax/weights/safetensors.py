@@ -1,19 +1,20 @@
 """Reading a Hugging Face directory: config.json, and *.safetensors, one file or shards under an index.
 
 A safetensors file is eight bytes of length, that much JSON (name → dtype, shape, byte range), and the bytes. Tensors
-are returned as views of the memory-mapped file, in the file's own dtype: nothing is read before it is touched, and
-slicing reads the slice only. (The `safetensors` package itself copies, and knows no float8 in numpy.)
+are maps of the file (`mapped`), for reading and for writing. (The `safetensors` package itself copies, knows no float8
+in numpy, and writes only what is whole in memory.)
 Source: the format's description in the README of the package.
 """
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-Shape = tuple[int, ...]
+from llama4_jax.weights.mapped import FileTensor, Shape, reserve
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,9 @@ DTYPES: dict[str, np.dtype] = {
 
 
 class SafetensorsFile:
-    """One file, memory-mapped for as long as this object or any array from it lives.
+    """One file.
+
+    - tensors: where each is in it
 
     Raises FileNotFoundError if there is none, ValueError if it is cut short or is no such file.
     """
@@ -57,16 +60,20 @@ class SafetensorsFile:
                 )
             header = file.read(length)
         try:
-            self._entries: dict[str, dict] = json.loads(header)
+            entries: dict[str, dict] = json.loads(header)
         except ValueError as error:
             raise ValueError(f"{self.path} is corrupt, or no safetensors file: its header is no JSON.") from error
-        self._entries.pop("__metadata__", None)
-        self._start = 8 + length
-        self._check(size - self._start)
-        self._bytes = np.memmap(self.path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        entries.pop("__metadata__", None)
+        self._check(entries, size - 8 - length)
+        self.tensors = {
+            name: FileTensor(
+                self.path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"])
+            )
+            for name, entry in entries.items()
+        }
 
-    def _check(self, available: int) -> None:
-        for name, entry in self._entries.items():
+    def _check(self, entries: dict[str, dict], available: int) -> None:
+        for name, entry in entries.items():
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{self.path}: {name} has the dtype {entry['dtype']}, which is not supported.")
             start, stop = entry["data_offsets"]
@@ -75,32 +82,37 @@ class SafetensorsFile:
                 raise ValueError(
                     f"{self.path} is corrupt: {name} takes {stop - start} bytes, but its shape needs {expected}."
                 )
-        end = max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if end != available:
             raise ValueError(
                 f"{self.path} is truncated or corrupt: it should hold {end} bytes of tensors and holds {available}. "
                 f"Download it again."
             )
 
-    def names(self) -> list[str]:
-        return list(self._entries)
 
-    def shape(self, name: str) -> Shape:
-        return tuple(self._entries[name]["shape"])
-
-    def dtype(self, name: str) -> np.dtype:
-        return DTYPES[self._entries[name]["dtype"]]
-
-    def read(self, name: str) -> np.ndarray:
-        """A read-only view of the mapped file."""
-        start, stop = (self._start + offset for offset in self._entries[name]["data_offsets"])
-        return self._bytes[start:stop].view(np.ndarray).view(self.dtype(name)).reshape(self.shape(name))
+def create_safetensors(path: Path, tensors: Mapping[str, tuple[np.dtype, Shape]]) -> dict[str, FileTensor]:
+    """A file of these tensors, all zero, to be filled through their maps; one that is there already is kept as it is,
+    if it has the same tensors. Raises OSError if the disk has no room for it."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries, offset = {}, 0
+    widest_first = sorted(tensors.items(), key=lambda item: -item[1][0].itemsize)  # so that each begins aligned
+    for name, (dtype, shape) in widest_first:
+        size = math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+    reserve(path, 8 + len(header) + offset)
+    return SafetensorsFile(path).tensors
 
 
 class HFCheckpoint:
     """A directory as `save_pretrained` writes it. It is a source of tensors for `table.from_hf`.
 
     - config: config.json as it is
+    - tensors: where each is, by the file's name for it
 
     Opening checks everything but the tensors' values: FileNotFoundError for a missing config.json, missing weights or a
     missing shard; ValueError for a damaged file, and for an index and shards that disagree. Each names the file.
@@ -110,50 +122,40 @@ class HFCheckpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"no such directory: {self.path}")
-        self.config: dict = _read_json(self.path / "config.json", "a Hugging Face checkpoint has one")
+        self.config: dict = read_json(self.path / "config.json", "a Hugging Face checkpoint has one")
         if (self.path / INDEX).is_file():
-            self._file_of = self._open_shards(_read_json(self.path / INDEX, "")["weight_map"])
+            self.tensors = self._open_shards(read_json(self.path / INDEX, "")["weight_map"])
         elif (self.path / SINGLE).is_file():
-            file = SafetensorsFile(self.path / SINGLE)
-            self._file_of = dict.fromkeys(file.names(), file)
+            self.tensors = SafetensorsFile(self.path / SINGLE).tensors
         else:
             raise FileNotFoundError(f"no weights in {self.path}: neither {SINGLE} nor {INDEX} is there.")
 
-    def _open_shards(self, weight_map: dict[str, str]) -> dict[str, SafetensorsFile]:
+    def _open_shards(self, weight_map: dict[str, str]) -> dict[str, FileTensor]:
         index = self.path / INDEX
         files = {}
         for shard in sorted(set(weight_map.values())):
             if not (self.path / shard).is_file():
                 raise FileNotFoundError(f"missing shard: {index} names {shard}, which is not in {self.path}.")
-            files[shard] = SafetensorsFile(self.path / shard)
+            files[shard] = SafetensorsFile(self.path / shard).tensors
         for name, shard in weight_map.items():
-            if name not in files[shard].names():
+            if name not in files[shard]:
                 raise ValueError(f"{index} says that {name} is in {shard}, but it is not. Download both again.")
-        for shard, file in files.items():
-            for name in file.names():
+        for shard, tensors in files.items():
+            for name in tensors:
                 if weight_map.get(name) != shard:
                     where = weight_map.get(name, "no shard")
                     raise ValueError(f"{index} says that {name} is in {where}, but {shard} holds one too.")
-        return {name: files[shard] for name, shard in weight_map.items()}
-
-    def names(self) -> list[str]:
-        return list(self._file_of)
+        return {name: files[shard][name] for name, shard in weight_map.items()}
 
     def shapes(self) -> dict[str, Shape]:
-        return {name: file.shape(name) for name, file in self._file_of.items()}
-
-    def shape(self, name: str) -> Shape:
-        return self._file_of[name].shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._file_of[name].dtype(name)
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in the file's dtype: a read-only view of the mapped file."""
-        return self._file_of[name].read(name)
+        """The tensor in the file's dtype: a read-only map of the file."""
+        return self.tensors[name].map()
 
 
-def _read_json(path: Path, why: str) -> dict:
+def read_json(path: Path, why: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}" + (f" ({why})." if why else "."))
     try:

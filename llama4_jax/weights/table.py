@@ -6,9 +6,11 @@ A row says what our array's axes are, and how each format writes the same axes d
     hf    model.layers.0.self_attn.q_proj.weight       (N H) D
     meta  layers.0.attention.wqkv.weight, its first N H rows   (N H) D
 
-Reading is `rearrange("(N H) D -> D N H")` and writing is the same sentence backwards, so every operation is a
-permutation of elements: the round trip is bit-exact, and gradients map as weights do. Where a format keeps apart what
-we keep together (gate and up), its tensors are stacked along the leading axis first.
+So each tensor of a file, on each model-parallel rank, is one box of ours with its axes in another order: `Row.boxes`
+gives these boxes as views of the file's tensor. Reading any part of ours copies from the boxes it meets, and writing
+copies into them, through the same views. Every operation is a permutation of elements: the round trip is bit-exact, and
+gradients map as weights do. Where a format keeps apart what we keep together (gate and up; one expert and the next),
+its tensors are the steps of the leading axis.
 
 The table is total. A tensor that no row claims, one that is missing, has another shape or is there twice, is an error
 that names it, before anything is read.
@@ -17,6 +19,7 @@ Sources: `modeling_llama4.py` of transformers 5.23; the load hooks of llama-mode
 `moe.py`), whose published key comes first below and the keys of its own modules after it.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +30,13 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from llama4_jax.model.config import ModelConfig
+from llama4_jax.model.config import ModelConfig, VisionConfig
 
 Format = Literal["hf", "meta"]
 Shape = tuple[int, ...]
 Ours = Mapping[str, np.ndarray | jax.Array]  # by our names, one entry a layer
 
-# The vision encoder and its projector have no rows yet: named here, so that passing them over is a decision.
+# A checkpoint with pictures can be read as a text model: these are then passed over.
 VISION = {
     "hf": re.compile(r"(vision_model|multi_modal_projector)\."),
     "meta": re.compile(r"(vision_embeddings|vision_projection)\."),
@@ -42,7 +45,33 @@ VISION = {
 _META_IS_NO_WEIGHT = re.compile(
     r"rope\.freqs|freq_cis|.*\._extra_state|.*\.(global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)"
 )
-_LANGUAGE_MODEL = "language_model."  # Llama4ForConditionalGeneration puts it before the names of Llama4ForCausalLM
+LANGUAGE_MODEL = "language_model."  # Llama4ForConditionalGeneration puts it before the names of Llama4ForCausalLM
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """values · scales, computed where it is indexed. Both have one shape: scales are broadcast by a stride of 0."""
+
+    values: np.ndarray
+    scales: np.ndarray
+    dtype: np.dtype  # of the product
+
+    @property
+    def shape(self) -> Shape:
+        return self.values.shape
+
+    def __getitem__(self, index) -> "View":
+        if index is None:
+            return Quantized(self.values[None], self.scales[None], self.dtype)
+        return (self.values[index].astype(np.float32) * self.scales[index].astype(np.float32)).astype(self.dtype)
+
+
+def quantized(values: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> Quantized:
+    """Raises ValueError if the scales do not broadcast against the values."""
+    return Quantized(values, np.broadcast_to(scales, values.shape), dtype)
+
+
+View = np.ndarray | Quantized  # what is asked of an array that is read
 
 
 @runtime_checkable
@@ -51,7 +80,7 @@ class Tensors(Protocol):
 
     def shapes(self) -> Mapping[str, Shape]: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> View: ...
 
 
 @dataclass(frozen=True)
@@ -71,10 +100,18 @@ class InMemory:
 class Layout:
     """How one format stores one of our tensors."""
 
-    names: tuple[str, ...]  # of its tensors; several are stacked along the leading axis of `axes`
+    names: tuple[str, ...]  # of its tensors; several are the steps of the leading axis of `axes`
     axes: str  # of the tensor, or the stack: "(N H) D"
     split: str | None = None  # the axis that Meta's model-parallel ranks divide among them; None: each has all
     rows: tuple[int, int] | None = None  # (first, of): shares the leading axis of one tensor with other rows
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of one of our tensors, and where a file has it."""
+
+    start: Shape  # of the part, along each of our axes
+    view: View  # the file's tensor, its axes in our order
 
 
 @dataclass(frozen=True)
@@ -91,6 +128,10 @@ class Row:
     def shape(self) -> Shape:
         return tuple(self.sizes[axis] for axis in self.axes.split())
 
+    @property
+    def whole(self) -> "Index":
+        return tuple(slice(0, size) for size in self.shape)
+
     def layouts(self, fmt: Format) -> tuple[Layout, ...]:
         return self.hf if fmt == "hf" else self.meta
 
@@ -100,42 +141,46 @@ class Row:
         Raises ValueError if the ranks do not divide it.
         """
         sizes = self._rank_sizes(layout, ranks)
-        groups = re.findall(r"\(([^)]*)\)|(\w+)", layout.axes)
-        shape = [math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups]
+        shape = [math.prod(sizes[axis] for axis in group) for group in groups(layout.axes)]
         if len(layout.names) > 1:
             shape = shape[1:]
         if layout.rows is not None:
             shape[0] = layout.rows[1] // (ranks if layout.split else 1)
         return tuple(shape)
 
-    def to_ours(self, layout: Layout, *ranks: Sequence[np.ndarray]) -> np.ndarray:
+    def boxes(
+        self, layout: Layout, ranks: Sequence[Sequence[View]], *, first: int = 0, of: int | None = None
+    ) -> list[Box]:
+        """Our tensor as boxes of the layout's tensors: one sequence of them for each rank that holds a part.
+
+        - first, of: these are the ranks from `first` on of `of`; all of them if not given
+        """
+        sizes = self._rank_sizes(layout, of or len(ranks))
+        stacked = groups(layout.axes)[0] if len(layout.names) > 1 else ()
+        steps = tuple(sizes[axis] for axis in stacked)
+        boxes = []
+        for rank, tensors in enumerate(ranks, first):
+            for step, tensor in enumerate(tensors):
+                start = dict.fromkeys(self.axes.split(), 0)
+                if layout.split is not None:
+                    start[layout.split] = rank * sizes[layout.split]
+                if stacked:
+                    start |= zip(stacked, map(int, np.unravel_index(step, steps)), strict=True)
+                    tensor = tensor[None]
+                elif layout.rows is not None:
+                    own = math.prod(sizes[axis] for axis in groups(layout.axes)[0])
+                    before = layout.rows[0] * sizes[layout.split] // self.sizes[layout.split]
+                    tensor = tensor[before : before + own]
+                one = {axis: 1 if axis in stacked else sizes[axis] for axis in start}
+                boxes.append(Box(tuple(start.values()), _view(tensor, f"{layout.axes} -> {self.axes}", one)))
+        return boxes
+
+    def to_ours(self, layout: Layout, *ranks: Sequence[View]) -> np.ndarray:
         """Our array from the layout's tensors: one sequence of them for each rank that has a part of it.
 
         A view where that is possible.
         """
-        sizes = self._rank_sizes(layout, len(ranks))
-        parts = []
-        for tensors in ranks:
-            stack = list(tensors) if len(tensors) > 1 else self._own_rows(layout, tensors[0], len(ranks))
-            parts.append(rearrange(stack, f"{layout.axes} -> {self.axes}", **sizes))
-        if len(parts) == 1:
-            return parts[0]
-        assert layout.split is not None, "one rank is enough for what ranks do not divide"
-        return np.concatenate(parts, self.axes.split().index(layout.split))
-
-    def from_ours(self, layout: Layout, array: np.ndarray, rank: int = 0, ranks: int = 1) -> list[np.ndarray]:
-        """The layout's tensors, as `rank` of `ranks` holds them; of a shared tensor, its own rows only."""
-        sizes = self._rank_sizes(layout, ranks)
-        if layout.split is not None and ranks > 1:
-            array = np.split(array, ranks, self.axes.split().index(layout.split))[rank]
-        tensors = rearrange(array, f"{self.axes} -> {layout.axes}", **sizes)
-        return list(tensors) if len(layout.names) > 1 else [tensors]
-
-    def _own_rows(self, layout: Layout, tensor: np.ndarray, ranks: int) -> np.ndarray:
-        if layout.rows is None:
-            return tensor
-        first = layout.rows[0] // ranks
-        return tensor[first : first + math.prod(self.shape) // ranks // math.prod(tensor.shape[1:])]
+        return read_boxes(self.boxes(layout, ranks), self.whole)
 
     def _rank_sizes(self, layout: Layout, ranks: int) -> dict[str, int]:
         if layout.split is None:
@@ -146,12 +191,64 @@ class Row:
         return {**self.sizes, layout.split: size // ranks}
 
 
+def groups(axes: str) -> list[tuple[str, ...]]:
+    """Which of our axes each axis of a file's tensor is made of: "(N H) D" → [("N", "H"), ("D",)]."""
+    return [tuple((group or single).split()) for group, single in re.findall(r"\(([^)]*)\)|(\w+)", axes)]
+
+
+def _view(tensor: View, pattern: str, sizes: Mapping[str, int]) -> View:
+    """`tensor` with its axes in another order, not copied."""
+    if isinstance(tensor, Quantized):
+        return Quantized(*(_view(part, pattern, sizes) for part in (tensor.values, tensor.scales)), tensor.dtype)
+    # Other number formats than numpy's own are slow to copy: see `read_boxes`.
+    return rearrange(tensor, pattern, **sizes)
+
+
+Index = tuple[slice, ...]  # a part of one of our arrays: start and stop along every axis
+
+
+def read_boxes(boxes: Sequence[Box], part: Index) -> np.ndarray:
+    """A part of our array; a view if it lies in one box, and is no quantized one."""
+    meeting = list(_meeting(boxes, part))
+    if len(meeting) == 1:
+        [(box, there, _)] = meeting
+        return box.view[there]
+    out = np.empty([s.stop - s.start for s in part], meeting[0][0].view.dtype)
+    for box, there, here in meeting:
+        bits(out)[here] = bits(box.view[there])
+    return out
+
+
+def write_boxes(boxes: Sequence[Box], part: Index, array: np.ndarray) -> None:
+    """Copies a part of our array to where the boxes' files have it."""
+    for box, there, here in _meeting(boxes, part):
+        bits(box.view)[there] = bits(array)[here]
+
+
+def _meeting(boxes: Sequence[Box], part: Index) -> Iterator[tuple[Box, Index, Index]]:
+    """Each box that a part of ours meets: where in the box, and where in the part."""
+    for box in boxes:
+        spans = [
+            (max(s.start, first), min(s.stop, first + size))
+            for s, first, size in zip(part, box.start, box.view.shape, strict=True)
+        ]
+        if all(first < last for first, last in spans):
+            there = tuple(slice(a - first, b - first) for (a, b), first in zip(spans, box.start, strict=True))
+            here = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(spans, part, strict=True))
+            yield box, there, here
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers: numpy copies formats that are not its own (bfloat16) one by one."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 
 def rows(config: ModelConfig) -> list[Row]:
-    """The table for one model, in the order of its layers."""
+    """The table for one model, in the order of its layers; then its vision encoder and projector, if it has them."""
     sizes = {
         "V": config.vocab_size,
         "D": config.embed_dim,
@@ -162,9 +259,10 @@ def rows(config: ModelConfig) -> list[Row]:
         "P": 2,  # the pair: gate, up
     }
 
-    def row(ours: str, axes: str, *, hf: Layout, meta: Sequence[Layout], mlp_dim: int = 0) -> Row:
+    def row(ours: str, axes: str, *, hf: Layout | Sequence[Layout], meta: Sequence[Layout], mlp_dim: int = 0) -> Row:
         every = {**sizes, "F": mlp_dim}
-        return Row(ours, axes, {axis: every[axis] for axis in axes.split()}, (hf,), tuple(meta))
+        of_hf = (hf,) if isinstance(hf, Layout) else tuple(hf)
+        return Row(ours, axes, {axis: every[axis] for axis in axes.split()}, of_hf, tuple(meta))
 
     table = [
         row(
@@ -176,7 +274,7 @@ def rows(config: ModelConfig) -> list[Row]:
     ]
     for i, spec in enumerate(config.layers):
         table += _attention_rows(row, i, sizes)
-        table += _moe_rows(row, i, config.expert_mlp_dim) if spec.moe else _dense_rows(row, i, config.mlp_dim)
+        table += _moe_rows(row, i, config) if spec.moe else _dense_rows(row, i, config.mlp_dim)
     table += [
         row("final_norm.scale", "D", hf=_one("model.norm.weight", "D"), meta=[_one("norm.weight", "D")]),
         row(
@@ -186,7 +284,7 @@ def rows(config: ModelConfig) -> list[Row]:
             meta=[_one("output.weight", "V D", split="V")],
         ),
     ]
-    return table
+    return table + (_vision_rows(config.vision, config.embed_dim) if config.vision is not None else [])
 
 
 def _one(name: str, axes: str, *, split: str | None = None, rows: tuple[int, int] | None = None) -> Layout:
@@ -270,10 +368,17 @@ def _dense_rows(row: Callable[..., Row], i: int, mlp_dim: int) -> list[Row]:
     ]
 
 
-def _moe_rows(row: Callable[..., Row], i: int, mlp_dim: int) -> list[Row]:
+def _moe_rows(row: Callable[..., Row], i: int, config: ModelConfig) -> list[Row]:
+    mlp_dim = config.expert_mlp_dim
     ours, hf, meta = f"layers.{i}.", f"model.layers.{i}.", f"layers.{i}.feed_forward."
     gate, up, down = (f"{hf}feed_forward.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down"))
     w1, w2, w3 = (f"{meta}shared_expert.w{n}.weight" for n in (1, 2, 3))
+
+    def of_each_expert(*names: str) -> tuple[str, ...]:
+        """As quantizers write them: a linear layer for each expert."""
+        where = f"{hf}feed_forward.experts."
+        return tuple(f"{where}{e}.{name}_proj.weight" for e in range(config.num_experts) for name in names)
+
     return [
         row(
             ours + "mlp_norm.scale",
@@ -291,7 +396,10 @@ def _moe_rows(row: Callable[..., Row], i: int, mlp_dim: int) -> list[Row]:
             ours + "moe.gate_up",
             "E D P F",
             mlp_dim=mlp_dim,
-            hf=_one(hf + "feed_forward.experts.gate_up_proj", "E D (P F)"),
+            hf=[
+                _one(hf + "feed_forward.experts.gate_up_proj", "E D (P F)"),
+                Layout(of_each_expert("gate", "up"), "(E P) F D"),
+            ],
             meta=[
                 Layout((meta + "experts.moe_w_in_eD_F", meta + "experts.moe_w_swiglu_eD_F"), "P (E D) F", split="F"),
                 Layout((meta + "experts.w1", meta + "experts.w3"), "P E D F", split="F"),
@@ -301,7 +409,10 @@ def _moe_rows(row: Callable[..., Row], i: int, mlp_dim: int) -> list[Row]:
             ours + "moe.down",
             "E F D",
             mlp_dim=mlp_dim,
-            hf=_one(hf + "feed_forward.experts.down_proj", "E F D"),
+            hf=[
+                _one(hf + "feed_forward.experts.down_proj", "E F D"),
+                Layout(of_each_expert("down"), "E D F"),
+            ],
             meta=[
                 _one(meta + "experts.moe_w_out_eF_D", "(E F) D", split="F"),
                 _one(meta + "experts.w2", "E F D", split="F"),
@@ -327,6 +438,68 @@ def _moe_rows(row: Callable[..., Row], i: int, mlp_dim: int) -> list[Row]:
     ]
 
 
+def _vision_rows(config: VisionConfig, text_dim: int) -> list[Row]:
+    """The encoder, the adapter after it, and the projector into the text model's space."""
+    sizes = {
+        "D": config.embed_dim,
+        "N": config.num_heads,
+        "H": config.embed_dim // config.num_heads,
+        "F": config.mlp_dim,
+        "T": config.num_patches + 1,  # and the class token
+        "I": config.patch_size**2 * config.num_channels,  # numbers of one patch
+        "S": config.shuffled_dim,
+        "A": config.adapter_dim,
+        "O": config.output_dim,
+        "X": text_dim,
+    }
+    encoder = "vision_embeddings.vision_encoder."
+    table: list[Row] = []
+
+    def add(ours: str, axes: str, hf: str, meta: str, file_axes: str | None = None, split: str | None = None) -> None:
+        file_axes = file_axes or axes
+        own = {axis: sizes[axis] for axis in axes.split()}
+        table.append(Row(ours, axes, own, (_one(hf, file_axes),), (_one(meta, file_axes, split=split),)))
+
+    def norm(ours: str, hf: str, meta: str) -> None:
+        for mine, theirs in (("scale", "weight"), ("bias", "bias")):
+            add(f"{ours}.{mine}", "D", f"{hf}.{theirs}", f"{meta}.{theirs}")
+
+    add("vision.class_embedding", "D", "vision_model.class_embedding", encoder + "class_embedding")
+    add(
+        "vision.positional_embedding",
+        "T D",
+        "vision_model.positional_embedding_vlm",
+        encoder + "positional_embedding_vlm",
+    )
+    patch = ("vision_model.patch_embedding.linear.weight", encoder + "conv1._linear.weight")
+    add("vision.patch_embed.kernel", "I D", *patch, "D I", "D")
+    norm("vision.pre_norm", "vision_model.layernorm_pre", encoder + "ln_pre")
+    for i in range(config.num_layers):
+        ours, hf = f"vision.layers.{i}.", f"vision_model.model.layers.{i}."
+        meta = f"{encoder}transformer.resblocks.{i}."
+        norm(ours + "attention_norm", hf + "input_layernorm", meta + "ln_1")
+        for name in "qkv":
+            theirs = (f"{hf}self_attn.{name}_proj.", f"{meta}attn.w{name}.")
+            add(f"{ours}attention.{name}.kernel", "D N H", *(n + "weight" for n in theirs), "(N H) D", "N")
+            add(f"{ours}attention.{name}.bias", "N H", *(n + "bias" for n in theirs), "(N H)", "N")
+        theirs = (hf + "self_attn.o_proj.", meta + "attn.wo.")
+        add(ours + "attention.o.kernel", "N H D", *(n + "weight" for n in theirs), "D (N H)", "N")
+        add(ours + "attention.o.bias", "D", *(n + "bias" for n in theirs))
+        norm(ours + "mlp_norm", hf + "post_attention_layernorm", meta + "ln_2")
+        theirs = (hf + "mlp.fc1.", meta + "mlp.c_fc.")
+        add(ours + "mlp.fc1.kernel", "D F", *(n + "weight" for n in theirs), "F D", "F")
+        add(ours + "mlp.fc1.bias", "F", *(n + "bias" for n in theirs), split="F")
+        theirs = (hf + "mlp.fc2.", meta + "mlp.c_proj.")
+        add(ours + "mlp.fc2.kernel", "F D", *(n + "weight" for n in theirs), "D F", "F")
+        add(ours + "mlp.fc2.bias", "D", *(n + "bias" for n in theirs))
+    norm("vision.post_norm", "vision_model.layernorm_post", encoder + "ln_post")
+    hf, meta = "vision_model.vision_adapter.mlp.", "vision_embeddings.vision_adapter.mlp."
+    add("vision.adapter.fc1.kernel", "S A", hf + "fc1.weight", meta + "c_fc.weight", "A S", "A")
+    add("vision.adapter.fc2.kernel", "A O", hf + "fc2.weight", meta + "c_proj.weight", "O A", "A")
+    add("projector.kernel", "O X", "multi_modal_projector.linear_1.weight", "vision_projection.weight", "X O", "X")
+    return table
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Matching a checkpoint with the table
 
@@ -337,7 +510,11 @@ class Plan:
 
     matches: tuple[tuple[Row, Layout], ...]
     file_names: Mapping[str, str] = field(repr=False)  # of each name in the table
-    vision: tuple[str, ...]  # tensors of the vision encoder and its projector, which have no rows yet
+    vision: tuple[str, ...]  # tensors of the vision encoder and its projector, where the config has none
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, tuple[Row, Layout]]:
+        return {row.ours: (row, layout) for row, layout in self.matches}
 
 
 def plan(config: ModelConfig, fmt: Format, shapes: Mapping[str, Shape], ranks: int = 1) -> Plan:
@@ -345,7 +522,7 @@ def plan(config: ModelConfig, fmt: Format, shapes: Mapping[str, Shape], ranks: i
 
     Raises ValueError naming every tensor that is unknown, missing, of another shape, or there twice.
     """
-    file_names, vision, problems = _names_in_table(fmt, shapes)
+    file_names, vision, problems = _names_in_table(fmt, shapes, with_vision=config.vision is not None)
     matches: list[tuple[Row, Layout]] = []
     claimed: set[str] = set()
     for row in rows(config):
@@ -375,17 +552,19 @@ def plan(config: ModelConfig, fmt: Format, shapes: Mapping[str, Shape], ranks: i
     return Plan(tuple(matches), file_names, tuple(vision))
 
 
-def _names_in_table(fmt: Format, names: Mapping[str, Shape]) -> tuple[dict[str, str], list[str], list[str]]:
-    """Each name as the table has it → as the file has it; the vision model's names; problems."""
+def _names_in_table(
+    fmt: Format, names: Mapping[str, Shape], *, with_vision: bool
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Each name as the table has it → as the file has it; names of the vision model that are passed over; problems."""
     file_names: dict[str, str] = {}
     vision, problems = [], []
     for name in names:
-        if VISION[fmt].match(name):
+        if not with_vision and VISION[fmt].match(name):
             vision.append(name)
             continue
         if fmt == "meta" and _META_IS_NO_WEIGHT.fullmatch(name):
             continue
-        in_table = name.removeprefix(_LANGUAGE_MODEL) if fmt == "hf" else name
+        in_table = name.removeprefix(LANGUAGE_MODEL) if fmt == "hf" else name
         if in_table in file_names:
             problems.append(f"the same weights twice, as {file_names[in_table]}, {name}")
         file_names[in_table] = name
@@ -406,10 +585,15 @@ def from_hf(config: ModelConfig, source: Tensors) -> Iterator[tuple[str, np.ndar
 
 def from_meta(config: ModelConfig, *ranks: Tensors) -> Iterator[tuple[str, np.ndarray]]:
     """Our tensors from Meta's, given the tensors of every model-parallel rank in order. Checked as `from_hf` is."""
-    plans = [plan(config, "meta", rank.shapes(), len(ranks)) for rank in ranks]
+    return _read(plan_ranks(config, "meta", ranks), ranks)
+
+
+def plan_ranks(config: ModelConfig, fmt: Format, ranks: Sequence[Tensors]) -> Plan:
+    """`plan` for all model-parallel ranks. Raises ValueError as it does, or if the ranks do not belong together."""
+    plans = [plan(config, fmt, rank.shapes(), len(ranks)) for rank in ranks]
     if any(other.matches != plans[0].matches for other in plans):
         raise ValueError("the ranks of this checkpoint name their tensors differently; they do not belong together.")
-    return _read(plans[0], ranks)
+    return plans[0]
 
 
 def _read(plan: Plan, ranks: Sequence[Tensors]) -> Iterator[tuple[str, np.ndarray]]:
@@ -433,18 +617,17 @@ def to_meta(config: ModelConfig, ours: Ours, *, rank: int = 0, ranks: int = 1) -
 
 
 def _write(table: list[Row], fmt: Format, ours: Ours, rank: int, ranks: int) -> Iterator[tuple[str, np.ndarray]]:
-    shared: dict[str, list[np.ndarray]] = {}  # rows of a tensor that several of ours make, in order
+    shared: dict[str, np.ndarray] = {}  # a tensor that several of ours make, until the last of them has come
     for row in table:
-        layout = row.layouts(fmt)[0]
-        tensors = row.from_ours(layout, np.asarray(ours[row.ours]), rank, ranks)
-        if layout.rows is None:
-            yield from zip(layout.names, map(np.ascontiguousarray, tensors), strict=True)
-            continue
-        [name] = layout.names
-        blocks = shared.setdefault(name, [])
-        blocks += tensors
-        if sum(len(block) for block in blocks) == row.file_shape(layout, ranks)[0]:
-            yield name, np.concatenate(shared.pop(name))
+        layout, array = row.layouts(fmt)[0], np.asarray(ours[row.ours])
+        shape = row.file_shape(layout, ranks)
+        tensors = [shared.pop(name, None) for name in layout.names]
+        tensors = [np.empty(shape, array.dtype) if tensor is None else tensor for tensor in tensors]
+        write_boxes(row.boxes(layout, [tensors], first=rank, of=ranks), row.whole, array)
+        if layout.rows is not None and layout.rows[0] + math.prod(row.shape[1:]) < layout.rows[1]:
+            shared |= zip(layout.names, tensors, strict=True)
+        else:
+            yield from zip(layout.names, tensors, strict=True)
 
 
 def _checked_rows(config: ModelConfig, ours: Ours) -> list[Row]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from fairscale.nn.model_parallel import initialize as model_parallel
 from jaxtyping import Float, Int
-from llama_models.llama4.args import ModelArgs, MoEArgs
+from llama_models.llama4.args import ModelArgs, MoEArgs, VisionArgs
 from llama_models.llama4.datatypes import TransformerInput
 
 from oracles import hf
@@ -111,8 +111,11 @@ def state_dict(case: Case, hf_weights: dict[str, np.ndarray]) -> dict[str, torch
     return ours
 
 
-def build(case: Case, weights: dict[str, torch.Tensor]) -> meta_model.Transformer:
-    """Meta's model in float32 on the CPU with these weights, loaded strictly by Meta's own hooks."""
+def build(case: Case, weights: dict[str, torch.Tensor], vision: dict | None = None) -> meta_model.Transformer:
+    """Meta's model in float32 on the CPU with these weights, loaded strictly by Meta's own hooks.
+
+    - vision: the `vision_args` of a params.json
+    """
     _join_process_group_of_one()
     scaling = meta_model.apply_scaling
     shrink = 1.0 if case.rope_scaling is None else case.rope_scaling.original / ORIGINAL_CONTEXT
@@ -125,7 +128,7 @@ def build(case: Case, weights: dict[str, torch.Tensor]) -> meta_model.Transforme
         mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
         mock.patch.object(meta_model, "apply_scaling", scaling_with_our_context),
     ):
-        model = meta_model.Transformer(args(case))
+        model = meta_model.Transformer(args(case).model_copy(update={"vision_args": vision and VisionArgs(**vision)}))
     model.load_state_dict(dict(weights), strict=True)
     return model.eval()
 

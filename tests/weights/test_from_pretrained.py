@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import PRESETS, preset
 from llama4_jax.weights.hf_config import model_config, to_hf_config
 from llama4_jax.weights.load import load, named_variables, preset_differences
-from llama4_jax.weights.table import InMemory, from_hf, rows
+from llama4_jax.weights.source import FileWeights
+from llama4_jax.weights.table import InMemory, plan, rows
 from sharding import MeshConfig, make_mesh
 
 
@@ -75,20 +77,43 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_said_before_anything_is_read
         llama4_jax.from_pretrained(tmp_path, mesh=make_mesh(MeshConfig(data=4, tensor=2)))
 
 
+def weights_of(case, arrays: dict[str, np.ndarray], source=InMemory) -> FileWeights:
+    """These tensors, under Hugging Face's names, as if they were a checkpoint's."""
+    config, tensors = ours.config(case), source(arrays)
+    return FileWeights(Path("memory"), "hf", config, {}, (tensors,), plan(config, "hf", tensors.shapes()))
+
+
 def test_the_host_holds_one_tensor_at_a_time():
-    config = ours.config(SCOUT)
     earlier = []
 
-    def tensors():
-        for name, array in from_hf(config, InMemory(hf.reference(SCOUT).state_dict)):
+    class Watched(FileWeights):
+        def read(self, name, part=None):
             assert not any(array() is not None for array in earlier)
-            array = array.copy()
+            array = super().read(name, part).copy()
             earlier.append(weakref.ref(array))
-            yield name, array
-            del array
+            return array
 
-    load(config, tensors(), precision=Precision(), mesh=None)
-    assert len(earlier) == len(rows(config))
+    weights = weights_of(SCOUT, hf.reference(SCOUT).state_dict)
+    load(Watched(**vars(weights)), precision=Precision(), mesh=None)
+    assert len(earlier) == len(rows(ours.config(SCOUT)))
+
+
+def test_of_a_tensor_on_a_mesh_only_the_parts_of_the_devices_are_read_and_each_once():
+    case = dataclasses.replace(MAVERICK, vocab=96)
+    reads = []
+
+    class Recorded(FileWeights):
+        def read(self, name, part=None):
+            reads.append((name, part))
+            return super().read(name, part)
+
+    weights = weights_of(case, hf.reference(case).state_dict)
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    load(Recorded(**vars(weights)), precision=Precision(), mesh=mesh)
+    parts = [part for name, part in reads if name == "layers.1.moe.down"]
+    E, F = case.experts // 2, case.expert_mlp // 2
+    assert len(parts) == 4  # copies of a part on the two halves of `data` are read once
+    assert {(p[0].start, p[1].start) for p in parts} == {(0, 0), (0, F), (E, 0), (E, F)}
 
 
 def test_layers_come_one_by_one_as_decoding_wants_them(tmp_path):
@@ -97,18 +122,21 @@ def test_layers_come_one_by_one_as_decoding_wants_them(tmp_path):
     assert model.unscanned() is model and len(model.decoder.rest) == SCOUT.layers
 
 
-def test_tensors_that_do_not_fit_are_named():
-    config = ours.config(SCOUT)
-    tensors = dict(from_hf(config, InMemory(hf.reference(SCOUT).state_dict)))
-    put = {"precision": Precision(), "mesh": None}
-    with pytest.raises(ValueError, match=r"final_norm.scale got no tensor"):
-        load(config, ((n, a) for n, a in tensors.items() if n != "final_norm.scale"), **put)
-    with pytest.raises(ValueError, match=r"no place for layers.0.extra"):
-        load(config, [*tensors.items(), ("layers.0.extra", np.zeros(3))], **put)
-    with pytest.raises(ValueError, match=r"no place for final_norm.scale, or had it already"):
-        load(config, [*tensors.items(), ("final_norm.scale", tensors["final_norm.scale"])], **put)
-    with pytest.raises(ValueError, match=r"final_norm.scale has the shape \(3,\), but the config makes it \(64,\)"):
-        load(config, (tensors | {"final_norm.scale": np.zeros(3)}).items(), **put)
+def test_a_run_whose_arrays_are_not_the_models_is_told_which():
+    class Other(FileWeights):
+        """As an array store might be: not checked against the table."""
+
+        names = ("embed.embedding", "layers.0.extra", *(row.ours for row in rows(ours.config(SCOUT))[1:-1]))
+
+        def shape(self, name):
+            return (3,) if name in ("final_norm.scale", "layers.0.extra") else super().shape(name)
+
+    weights = weights_of(SCOUT, hf.reference(SCOUT).state_dict)
+    with pytest.raises(ValueError, match=r"3 point\(s\)") as error:
+        load(Other(**vars(weights)), precision=Precision(), mesh=None)
+    assert "lm_head.kernel got no tensor" in str(error.value)
+    assert "no place for layers.0.extra" in str(error.value)
+    assert "final_norm.scale has the shape (3,), but the config makes it (64,)" in str(error.value)
 
 
 def test_config_json_wins_over_the_preset_of_its_sizes_and_the_difference_is_said():
@@ -117,7 +145,7 @@ def test_config_json_wins_over_the_preset_of_its_sizes_and_the_difference_is_sai
     written = to_hf_config(scout) | {"max_position_embeddings": 262_144, "rope_parameters": {"rope_theta": 10_000.0}}
     lines = preset_differences(model_config(written))
     assert lines == [
-        "config.json differs from the preset 'scout', and wins (config.json != preset):",
+        "the config differs from the preset 'scout', and wins (config != preset):",
         "  rope_theta: 10000.0 != 500000.0",
         f"  rope_scaling: None != {scout.rope_scaling}",
         "  context_length: 262144 != 10485760",

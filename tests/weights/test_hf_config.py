@@ -10,9 +10,9 @@ from oracles import hf
 from oracles.cases import CASES, SCOUT, tokens
 from transformers import AutoConfig, Llama4Config, Llama4ForCausalLM, Llama4TextConfig, Llama4VisionConfig
 
-from llama4_jax.model.config import ModelConfig, RopeScaling
+from llama4_jax.model.config import ModelConfig, RopeScaling, VisionConfig
 from llama4_jax.model.presets import preset
-from llama4_jax.weights.hf_config import model_config, model_config_fields, to_hf_config
+from llama4_jax.weights.hf_config import model_config, model_config_fields, provenance, to_hf_config
 
 
 def shortly(value) -> str:
@@ -153,10 +153,39 @@ def test_defaults_are_those_of_the_hugging_face_class():
 
 
 def test_a_nested_config_written_by_transformers_is_read(tmp_path):
-    Llama4Config(text_config=hf.config(SCOUT), vision_config=Llama4VisionConfig()).save_pretrained(tmp_path)
+    published = {"hidden_size": 1408, "image_size": 336, "vision_output_dim": 4096}
+    vision = Llama4VisionConfig(**published)
+    Llama4Config(text_config=hf.config(SCOUT), vision_config=vision).save_pretrained(tmp_path)
     nested = json.loads((tmp_path / "config.json").read_text())
     assert nested["model_type"] == "llama4"
-    assert model_config(nested) == model_config(hf.config(SCOUT).to_dict())
+    text = model_config(hf.config(SCOUT).to_dict())
+    assert model_config(nested) == dataclasses.replace(text, vision=VisionConfig())
+    assert model_config(to_hf_config(model_config(nested))) == model_config(nested)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vision_output_dim": 7680}, r"vision_output_dim is 7680, but .* projector_output_dim, 4096"),
+        ({"hidden_size": 768}, r"intermediate_size is 5632, but the pixel shuffle makes vectors of .* = 3072"),
+        ({"image_size": [336, 448]}, r"image_size must be square, got \[336, 448\]"),
+        ({"hidden_act": "relu"}, r"vision_config\.hidden_act is 'relu', but only 'gelu'"),
+    ],
+)
+def test_a_vision_encoder_that_cannot_run_is_refused_by_field(changes, said):
+    vision = {"hidden_size": 1408, "image_size": 336, "vision_output_dim": 4096, **changes}
+    with pytest.raises(ValueError, match=said):
+        model_config({**published(), "vision_config": vision})
+
+
+def test_every_field_says_where_it_comes_from():
+    found = provenance({**published(), "vision_config": {"hidden_size": 1408}})
+    assert set(found) == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert found["rope_scaling"] == "config.json: text_config.rope_scaling"
+    assert found["rope_layers"] == "default of transformers' Llama4TextConfig"  # the file's list is empty
+    assert found["moe_layers"] == "config.json: text_config.interleave_moe_layer_step"
+    assert found["query_scale"] == "default of transformers' Llama4TextConfig"
+    assert found["vision"] == "config.json: vision_config"
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ def sharded(tmp_path):
 def test_every_tensor_is_the_one_that_transformers_saved(layout, request):
     checkpoint = HFCheckpoint(request.getfixturevalue(layout))
     expected = hf.reference(MAVERICK).state_dict
-    assert sorted(checkpoint.names()) == sorted(expected)
+    assert sorted(checkpoint.tensors) == sorted(expected)
     for name, array in expected.items():
-        assert checkpoint.shape(name) == array.shape
-        assert checkpoint.dtype(name) == np.float32
+        assert checkpoint.tensors[name].shape == array.shape
+        assert checkpoint.tensors[name].dtype == np.float32
         np.testing.assert_array_equal(checkpoint.read(name), array)
 
 
@@ -71,9 +71,9 @@ def test_every_number_format_is_read_as_itself(tmp_path, theirs, mine):
     values = torch.tensor([[0.5, -1.5, 2.0], [7.0, -0.0, 12.0]]).to(theirs)
     save_file({"odd": torch.ones(3, dtype=torch.uint8), "x": values, "scalar": values[0, 0].clone()}, tmp_path / "f")
     file = SafetensorsFile(tmp_path / "f")
-    assert file.dtype("x") == mine
-    np.testing.assert_array_equal(file.read("x").astype(np.float64), values.to(torch.float64).numpy())
-    assert file.read("scalar").shape == ()
+    assert file.tensors["x"].dtype == mine
+    np.testing.assert_array_equal(file.tensors["x"].map().astype(np.float64), values.to(torch.float64).numpy())
+    assert file.tensors["scalar"].map().shape == ()
 
 
 def test_no_directory_no_config_and_no_weights_are_each_said(tmp_path):

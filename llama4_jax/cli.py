@@ -1,0 +1,140 @@
+"""Weights on disk: look at them, convert them, and hold them against the reference.
+
+    llama4 inspect  path                                        # format, config and where it comes from, every tensor
+    llama4 convert  path/to/hf_or_meta_dir  runs/scout          # → Orbax; --dtype bfloat16, --verify
+    llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
+    llama4 parity   path/to/hf_dir                              # against transformers, layer by layer
+
+Results go to stdout, progress to stderr. Exit codes: 0, 1 (parity: they differ), 2 (the arguments or files do not
+serve; one line says why).
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from llama4_jax.weights.parity import ParityOptions
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what a directory of weights holds."""
+
+    path: tyro.conf.Positional[Path]  # of Hugging Face, Meta, or ours
+    tensors: bool = False  # list every tensor, not those of equal shape together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Make a directory of ours, with an Orbax checkpoint, of a Hugging Face or Meta directory."""
+
+    source: tyro.conf.Positional[Path]
+    destination: tyro.conf.Positional[Path]
+    dtype: Dtype | None = None  # of all tensors; None: as they are
+    verify: bool = False  # read everything back and compare it bit for bit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a directory of ours as a Hugging Face or Meta directory."""
+
+    run: tyro.conf.Positional[Path]
+    destination: tyro.conf.Positional[Path]
+    format: Literal["hf", "meta"]
+    shards: int | None = None  # files (Meta: one a model-parallel rank); None: of 5 GB (Meta: one)
+    dtype: Dtype | None = None  # of all tensors; None: as they are
+    verify: bool = False  # read everything back and compare it bit for bit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    commands = {"inspect": Inspect, "convert": Convert, "export": Export, "parity": ParityOptions}
+    command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="llama4", description=__doc__)
+    try:
+        return _run(command)
+    except (ValueError, OSError) as error:
+        print(f"llama4: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llama4: interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+
+
+def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant: no jax arrays, nothing to merge
+    match command:
+        case Inspect():
+            from llama4_jax.weights.inspect import describe
+
+            print(describe(command.path, every_tensor=command.tensors))
+        case Convert():
+            from llama4_jax.weights.convert import convert
+
+            with _Progress(f"{command.source} → {command.destination}") as progress:
+                done = convert(
+                    command.source,
+                    command.destination,
+                    dtype=command.dtype,
+                    verify=command.verify,
+                    report=progress.report,
+                )
+            progress.say(done, command.destination)
+        case Export():
+            from llama4_jax.weights.convert import export
+
+            with _Progress(f"{command.run} → {command.destination}") as progress:
+                done = export(
+                    command.run,
+                    command.destination,
+                    format=command.format,
+                    shards=command.shards,
+                    dtype=command.dtype,
+                    verify=command.verify,
+                    report=progress.report,
+                )
+            progress.say(done, command.destination)
+        case ParityOptions():
+            from llama4_jax.weights.parity import run
+
+            report = run(command)
+            print(report.text())
+            return 0 if report.passed else 1
+    return 0
+
+
+class _Progress:
+    """A bar on stderr: bytes, rate, time left."""
+
+    def __init__(self, title: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TransferSpeedColumn as Speed
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(title, total=None)
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def report(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def say(self, done, destination: Path) -> None:
+        seconds = self._bar.tasks[0].elapsed or 0.0
+        earlier = f", {done.resumed} of them from before it was interrupted" if done.resumed else ""
+        print(f"{destination}: {done.tensors} tensors{earlier}, {done.bytes / 2**30:,.2f} GiB, in {seconds:,.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

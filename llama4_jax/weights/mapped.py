@@ -1,0 +1,43 @@
+"""A tensor as a range of bytes in a file, mapped into memory while it is used.
+
+Nothing is read before it is touched, and slicing touches the slice only. Each map ends with the array, so that a
+process which goes through a checkpoint keeps the pages of what it is at, not of all it has seen.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    path: Path
+    offset: int  # bytes
+    dtype: np.dtype
+    shape: Shape
+    strides: Shape | None = None  # bytes; None: row-major
+
+    def map(self, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+        """The tensor as an array over the file: read-only, or such that assigning to it writes the file."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
+        if self.strides is None:
+            return np.memmap(self.path, self.dtype, mode, self.offset, self.shape).view(np.ndarray)
+        extent = self.dtype.itemsize + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        flat = np.memmap(self.path, np.uint8, mode, self.offset, (extent,))
+        return np.ndarray(self.shape, self.dtype, flat, 0, self.strides)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Makes the file that long, of zeros where nothing was. Raises OSError if the disk has no room for it.
+
+    A file that is only promised (sparse) would end the process when it is written through a map and the disk is full.
+    """
+    with path.open("ab") as file:
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)

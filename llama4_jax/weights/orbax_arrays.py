@@ -1,0 +1,127 @@
+"""Single arrays of an Orbax checkpoint: read in parts, and written in parts before the checkpoint exists.
+
+Orbax writes and restores whole trees. A conversion goes array by array, in parts, and must be able to go on after it
+was killed: so each array is written, as zarr, where it waits until all are there, and Orbax then makes the checkpoint
+of them by moving them into it.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+
+from llama4_jax.weights.checkpoint import MODEL, PROGRESS
+from llama4_jax.weights.table import Index, Shape
+
+_CACHE_BYTES = 256 * 2**20  # of decoded chunks: those of a training run may be larger than the parts that are read
+
+
+class StoredArray:
+    """An array of a checkpoint, or a step of the first axis of one that stacks a layer's over repetitions."""
+
+    def __init__(self, store: ts.TensorStore, step: int | None = None):
+        self._store = store if step is None else store[step]
+        self.shape: Shape = tuple(self._store.shape)
+        self.dtype: np.dtype = self._store.dtype.numpy_dtype
+
+    def read(self, part: Index) -> np.ndarray:
+        return self._store[part].read().result()
+
+    def write(self, part: Index, values: np.ndarray) -> None:
+        self._store[part].write(values, can_reference_source_data_indefinitely=True).result()
+
+    @property
+    def chunk(self) -> Shape:
+        """What is stored in one piece."""
+        return tuple(self._store.chunk_layout.read_chunk.shape or self.shape)
+
+
+def stored_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
+    """The arrays of the model in a checkpoint (`checkpoints/STEP`), by name. Nothing is read yet."""
+    directory = (checkpoint / MODEL).absolute()
+    metadata = json.loads((directory / "_METADATA").read_text())
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+
+    def spec(name: str) -> dict:
+        if metadata.get("use_ocdbt", True):
+            store: dict = {"driver": "ocdbt", "base": f"file://{directory}", "path": f"{name}/"}
+        else:
+            store = {"driver": "file", "path": f"{directory}/{name}/"}
+        # a chunk that is lost must not become zeros
+        return {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
+
+    names = [entry["key_metadata"][0]["key"] for entry in metadata["tree_metadata"].values()]
+    opening = {name: ts.open(spec(name), open=True, read=True, context=context) for name in names}
+    return {name: store.result() for name, store in opening.items()}
+
+
+def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> StoredArray:
+    """An array on disk, uncompressed (weights do not compress), in chunks; what was there is deleted."""
+    store = ts.open(
+        {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{path.absolute()}/"},
+            "metadata": {
+                "shape": list(shape),
+                "chunks": list(chunk),
+                "dtype": dtype.name if dtype.name == "bfloat16" else dtype.str,
+                "compressor": None,
+                "fill_value": None,
+            },
+            "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+        delete_existing=True,
+    )
+    return StoredArray(store.result())
+
+
+class _Waiting:
+    """An array that `create_array` wrote, as a leaf of the tree that Orbax saves."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+
+class _Move(type_handlers.NumpyHandler):
+    """Saves an array by moving it to where Orbax wants it. Orbax restores it as any other."""
+
+    async def serialize(
+        self,
+        values: Sequence[_Waiting],
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ):
+        async def move() -> None:
+            for value, info in zip(values, infos, strict=True):
+                await info.await_path_creation()
+                await asyncio.to_thread(os.rename, value.path, info.parent_dir / info.name)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(move(), name="move")]
+
+
+def make_checkpoint(run: Path, arrays: Mapping[str, Path], step: int = 0) -> None:
+    """Makes the checkpoint `run/checkpoints/STEP` of arrays that `create_array` wrote, by their names in it."""
+    registry = type_handlers.create_type_handler_registry((_Waiting, _Move()))
+    handlers = {
+        MODEL: ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry),
+        PROGRESS: ocp.JsonCheckpointHandler(),
+    }
+    with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers=handlers) as manager:
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    MODEL: ocp.args.PyTreeSave({name: _Waiting(path) for name, path in arrays.items()}),
+                    PROGRESS: ocp.args.JsonSave({"step": step}),
+                }
+            ),
+        )
+        manager.wait_until_finished()

@@ -1,0 +1,238 @@
+"""What a comparison found, as text for people and JSON for machines."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llama4_jax.weights.parity.causes import Cause
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two arrays, as fractions of the reference's largest magnitude.
+
+    - first_position: the first where the tolerance is exceeded; None if it nowhere is
+    """
+
+    max: float
+    mean: float
+    first_position: int | None = None
+
+    def within(self, tolerance: float) -> bool:
+        return self.max <= tolerance  # False for NaN
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of one part of the model, for the same input and the same gradient of its output: the worst tensor's difference.
+
+    - carried: the same when each side has come backwards on its own from its own loss
+    """
+
+    worst: str
+    max: float
+    mean: float
+    carried: float
+
+
+@dataclass
+class LayerReport:
+    """One layer of ours on the reference's input to it.
+
+    - alone: the worst of the attention's, the feed-forward's and the layer's output, each by its own scale
+    - carried: the layer's output when each side has come here on its own
+    - routing, routing_carried: share of the tokens for which both choose the same experts; None without experts
+    - ties: tokens for which they do not, as the logits of the experts in question are equal within the tolerance: no
+      fault, and left out
+    - decode: the last positions one by one through the cache, against ours at once
+    """
+
+    layer: int
+    kind: str
+    alone: Difference
+    carried: Difference
+    routing: float | None
+    routing_carried: float | None
+    ties: int
+    decode: Difference
+    gradients: Gradients | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """At the end of both ways through the model.
+
+    - scale: the largest magnitude of the reference's
+    - top1: share of positions with the same most likely token
+    - max_by_position: largest difference at each position, of `scale`
+    - kl_by_position: KL(reference || ours) in nats, mean over the rows
+    - loss: mean cross entropy of the next token in nats, (ours, the reference's)
+    """
+
+    difference: Difference
+    scale: float
+    top1: float
+    max_by_position: list[float]
+    kl_by_position: list[float]
+    loss: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Positions where a new chunk begins, and where the temperature rises, among those compared.
+
+    - missed: what the tokens are too few to reach, in words
+    """
+
+    chunks: list[int]
+    temperatures: list[int]
+    missed: list[str]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where ours is not the reference, and why. `layer` is None outside the layers."""
+
+    where: str
+    layer: int | None
+    cause: Cause | None
+
+
+@dataclass
+class Report:
+    """All numbers are relative to the scale of what is compared, unless their names say otherwise.
+
+    - tolerance: of each part alone; what is carried through the model may differ by `carried_tolerance`, gradients by
+      `gradient_tolerance`
+    - decoded: positions that were also decoded one by one
+    """
+
+    reference: str
+    candidate: str
+    tokens: str
+    shape: tuple[int, int]
+    tolerance: float
+    carried_tolerance: float
+    gradient_tolerance: float
+    boundaries: Boundaries
+    decoded: int
+    embedding: Difference
+    layers: list[LayerReport]
+    head: Difference
+    logits: Logits
+    gradients: dict[str, Gradients]
+    divergence: Divergence | None
+
+    @property
+    def failures(self) -> list[str]:
+        """What exceeds its tolerance, in the order of the model."""
+        checks = [("the embedding", self.embedding.max, self.tolerance)]
+        for layer in self.layers:
+            checks.append((f"layer {layer.layer}", layer.alone.max, self.tolerance))
+            checks.append((f"decoding in layer {layer.layer}", layer.decode.max, self.tolerance))
+        checks.append(("the final norm and output head", self.head.max, self.tolerance))
+        checks.append(("the logits at the end", self.logits.difference.max, self.carried_tolerance))
+        for name, gradients in [*self.gradients.items(), *self._layer_gradients()]:
+            checks.append((f"the gradient of {gradients.worst} in {name}", gradients.max, self.gradient_tolerance))
+        return [f"{name}: {value:.1e} > {limit:.0e}" for name, value, limit in checks if not value <= limit]
+
+    def _layer_gradients(self) -> list[tuple[str, Gradients]]:
+        return [(f"layer {r.layer}", r.gradients) for r in reversed(self.layers) if r.gradients is not None]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def text(self) -> str:
+        return "\n".join([*self._head(), "", *self._table(), "", *self._end(), "", *self._verdict()])
+
+    def _head(self) -> list[str]:
+        batch, length = self.shape
+        crossed = f"{len(self.boundaries.chunks)} chunk boundaries and {len(self.boundaries.temperatures)} steps of the"
+        return [
+            f"reference  {self.reference}",
+            f"candidate  {self.candidate}",
+            f"tokens     {batch} × {length}, {self.tokens}; they cross {crossed} temperature",
+            *(f"           not reached: {line}" for line in self.boundaries.missed),
+            "",
+            "Differences are fractions of the reference's largest magnitude. Alone: a layer of ours on the reference's",
+            "input to it. Carried: when both have come that far on their own. Decode: ours token by token through the",
+            f"cache against ours at once, over the last {self.decoded} positions.",
+        ]
+
+    def _table(self) -> list[str]:
+        header = ["layer", "kind", "alone max", "mean", "routing", "carried max", "mean", "routing", "decode"]
+        with_gradients = any(r.gradients is not None for r in self.layers)
+        header += ["gradient", "carried", "worst tensor"] if with_gradients else []
+        lines = [header]
+        for r in self.layers:
+            line = [str(r.layer), r.kind, _number(r.alone.max), _number(r.alone.mean)]
+            line += [_percent(r.routing) + (f" ({r.ties} ties)" if r.ties else "")]
+            line += [_number(r.carried.max), _number(r.carried.mean), _percent(r.routing_carried)]
+            line += [_number(r.decode.max)]
+            if r.gradients is not None:
+                worst = r.gradients.worst.removeprefix(f"layers.{r.layer}.")
+                line += [_number(r.gradients.max), _number(r.gradients.carried), worst]
+            if not r.alone.within(self.tolerance):
+                line[0] = f"✗ {line[0]}"
+            lines.append(line)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        align = [str.ljust if name in ("kind", "worst tensor") else str.rjust for name in header]
+        return [
+            "  ".join(to(cell, width) for to, cell, width in zip(align, line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+
+    def _end(self) -> list[str]:
+        logits, kl = self.logits, self.logits.kl_by_position
+        worst = max(range(len(kl)), key=lambda p: kl[p] if not math.isnan(kl[p]) else math.inf)
+        lines = [
+            f"embedding  max {_number(self.embedding.max)}",
+            f"head       alone max {_number(self.head.max)}, mean {_number(self.head.mean)}",
+            f"logits     max {_number(logits.difference.max)}, mean {_number(logits.difference.mean)} of "
+            f"{logits.scale:.3g}; top-1 agreement {_percent(logits.top1)}; loss {logits.loss[0]:.6f} (ours), "
+            f"{logits.loss[1]:.6f} nats",
+            f"KL         mean {_number(sum(kl) / len(kl))}, largest {_number(kl[worst])} nats at position {worst}",
+        ]
+        for name, g in self.gradients.items():
+            lines.append(f"gradients  of {name}: max {_number(g.max)}, carried {_number(g.carried)} ({g.worst})")
+        return lines
+
+    def _verdict(self) -> list[str]:
+        if self.passed:
+            return [f"SAME within {self.tolerance:.0e} a layer and {self.carried_tolerance:.0e} at the end."]
+        failures = self.failures
+        lines = []
+        if self.divergence is not None:
+            lines.append(f"DIFFERENT, first in {self.divergence.where}.")
+            if self.divergence.cause is not None:
+                cause = self.divergence.cause
+                lines.append(f"  first to differ inside: {cause.stage}, from position {cause.position} on")
+                lines.append(f"  likely cause: {cause.text}")
+        else:
+            lines.append("DIFFERENT.")
+        return [*lines, *(f"  {line}" for line in failures[:8]), *(["  …"] if len(failures) > 8 else [])]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in types that JSON has; what is not finite is null."""
+        return _plain(dataclasses.asdict(self) | {"passed": self.passed, "failures": self.failures})
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.4g} %"
+
+
+def _number(x: float) -> str:
+    return f"{x:.1e}"
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case float():
+            return value if math.isfinite(value) else None
+    return value

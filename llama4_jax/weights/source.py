@@ -1,0 +1,206 @@
+"""A directory of weights of any format, as our tensors: what it holds, where its config comes from, and any part of any
+tensor, read when it is asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from llama4_jax.config import model_from_json
+from llama4_jax.model.config import ModelConfig
+from llama4_jax.weights import hf_config, meta_config, table
+from llama4_jax.weights.dequantize import HFTensors, MetaTensors
+from llama4_jax.weights.meta_files import PARAMS, MetaCheckpoint
+from llama4_jax.weights.safetensors import HFCheckpoint, read_json
+from llama4_jax.weights.table import Box, Index, Layout, Row, Shape, Tensors
+
+SourceFormat = Literal["hf", "meta", "run"]
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """Our tensors, in a directory.
+
+    - config, provenance: what model it is, and where each field of that comes from
+    - names: of its tensors, as in `weights.table`, in the table's order
+    """
+
+    path: Path
+    format: SourceFormat
+    config: ModelConfig
+    provenance: Mapping[str, str]
+    names: tuple[str, ...]
+
+    def shape(self, name: str) -> Shape: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+    def read(self, name: str, part: Index | None = None) -> np.ndarray:
+        """A tensor, or a part of it, in the dtype of the files (bfloat16 if they are quantized)."""
+        ...
+
+    def parts(self, name: str, limit: int) -> Shape:
+        """A shape of parts, of about `limit` bytes, in which the tensor is read fast."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileWeights:
+    """Weights in Hugging Face's or Meta's files. Opening checks all but the values (`table.plan`)."""
+
+    path: Path
+    format: SourceFormat
+    config: ModelConfig
+    provenance: Mapping[str, str]
+    ranks: tuple[Tensors, ...] = field(repr=False)
+    plan: table.Plan = field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.plan.by_name)
+
+    def shape(self, name: str) -> Shape:
+        return self.plan.by_name[name][0].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._boxes(name)[0].view.dtype
+
+    def read(self, name: str, part: Index | None = None) -> np.ndarray:
+        row, _ = self.plan.by_name[name]
+        return table.read_boxes(self._boxes(name), row.whole if part is None else part)
+
+    def parts(self, name: str, limit: int) -> Shape:
+        row, layout = self.plan.by_name[name]
+        return divide(row, layout, self.dtype(name).itemsize, limit)
+
+    def _boxes(self, name: str) -> list[Box]:
+        row, layout = self.plan.by_name[name]
+        holders = self.ranks if layout.split else self.ranks[:1]  # what is not split is the same on every rank
+        tensors = [[rank.read(self.plan.file_names[n]) for n in layout.names] for rank in holders]
+        return row.boxes(layout, tensors)
+
+
+def divide(row: Row, layout: Layout, itemsize: int, limit: int) -> Shape:
+    """Parts of about `limit` bytes, divided along the axes that come first in the file: each is read in long runs."""
+    shape = dict(row.sizes)
+    for group in table.groups(layout.axes):
+        for axis in group:
+            size = itemsize * int(np.prod(list(shape.values())))
+            if size > limit:
+                shape[axis] = max(1, shape[axis] * limit // size)
+    return tuple(shape[axis] for axis in row.axes.split())
+
+
+class RunWeights:
+    """Weights in a run of `train.py`, or in what `llama4 convert` made: of one checkpoint, by default the newest."""
+
+    format: SourceFormat = "run"
+
+    def __init__(self, path: Path, step: int | None = None):
+        # Here, since Orbax takes a second to import, and files of other formats do not need it.
+        from llama4_jax.weights.orbax_arrays import StoredArray, stored_arrays
+
+        saved = model_from_json((path / "config.json").read_text(encoding="utf-8"))
+        self.path, self.config = path, saved.model
+        self.provenance = saved.provenance or dict.fromkeys(vars(saved.model), "config.json of the run")
+        self.step = run_steps(path)[-1] if step is None else step
+        stores = stored_arrays(path / "checkpoints" / str(self.step))
+        places = locate({name: tuple(store.shape) for name, store in stores.items()}, self.config)
+        order = {row.ours: i for i, row in enumerate(table.rows(self.config))}
+        self._arrays = {
+            name: StoredArray(stores[places[name][0]], places[name][1])
+            for name in sorted(places, key=lambda name: order.get(name, len(order)))
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._arrays)
+
+    def shape(self, name: str) -> Shape:
+        return self._arrays[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._arrays[name].dtype
+
+    def read(self, name: str, part: Index | None = None) -> np.ndarray:
+        whole = tuple(slice(0, size) for size in self.shape(name))
+        return self._arrays[name].read(whole if part is None else part)
+
+    def parts(self, name: str, limit: int) -> Shape:
+        array = self._arrays[name]
+        part = list(array.chunk)
+        for axis in reversed(range(len(part))):  # several small chunks at a time
+            size = array.dtype.itemsize * int(np.prod(part))
+            part[axis] = min(array.shape[axis], part[axis] * max(1, limit // max(1, size)))
+        return tuple(part)
+
+
+def run_steps(run: Path) -> list[int]:
+    """Of a run's complete checkpoints, oldest first. Raises FileNotFoundError if there are none."""
+    import orbax.checkpoint as ocp
+
+    if not (run / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{run} holds no checkpoint: {run / 'checkpoints'} is not there yet.")
+    steps = sorted(ocp.utils.checkpoint_steps(run / "checkpoints"))
+    if not steps:
+        raise FileNotFoundError(f"{run} holds no complete checkpoint: there is none in {run / 'checkpoints'}.")
+    return steps
+
+
+def locate(stored: Mapping[str, Shape], config: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """Where each of our tensors is among the arrays of a checkpoint, given their shapes: in which, and at which step of
+    its first axis if that stacks the repetitions of a layer."""
+    found: dict[str, tuple[str, int | None]] = {}
+    repeats = next((shape[0] for name, shape in stored.items() if ".decoder.group." in name), 0)
+    for name in stored:
+        match name.split(".")[1:]:  # after params or bias
+            case ["decoder", "group", place, *rest]:
+                for step in range(repeats):
+                    found[".".join(["layers", str(step * config.period + int(place)), *rest])] = (name, step)
+            case ["decoder", "rest", index, *rest]:
+                found[".".join(["layers", str(repeats * config.period + int(index)), *rest])] = (name, None)
+            case rest:
+                found[".".join(rest)] = (name, None)
+    return found
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The weights in a directory.
+
+    Raises FileNotFoundError for what is not there; ValueError for a directory of no known format, damaged files, and
+    weights that do not fit their config, naming every tensor that is at fault.
+    """
+    path = Path(path)
+    kind = source_format(path)
+    if kind == "run":
+        return RunWeights(path)
+    if kind == "hf":
+        checkpoint = HFCheckpoint(path)
+        config, provenance = hf_config.model_config(checkpoint.config), hf_config.provenance(checkpoint.config)
+        ranks: tuple[Tensors, ...] = (HFTensors(checkpoint.tensors),)
+    else:
+        files = MetaCheckpoint(path)
+        config, provenance = meta_config.model_config(files.params), meta_config.provenance(files.params)
+        ranks = tuple(MetaTensors(files, rank) for rank in range(len(files.ranks)))
+    return FileWeights(path, kind, config, provenance, ranks, table.plan_ranks(config, kind, ranks))
+
+
+def source_format(path: Path) -> SourceFormat:
+    """Which format a directory has, by its config. Raises as `open_weights` does."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such directory: {path}")
+    if (path / PARAMS).is_file():
+        return "meta"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} has neither config.json nor {PARAMS}: it is no Hugging Face or Meta directory, and no run."
+        )
+    config = read_json(path / "config.json", "")
+    for kind, key in (("hf", "model_type"), ("run", "model")):
+        if isinstance(config, dict) and key in config:
+            return kind
+    raise ValueError(
+        f"{path / 'config.json'} is of neither a Hugging Face model (no model_type) nor a run of train.py (no model)."
+    )
