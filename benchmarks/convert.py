@@ -1,6 +1,6 @@
 """Converting a checkpoint both ways: peak memory, and speed beside a plain copy of the same bytes.
 
-    python benchmarks/convert.py                      # about 6.3 GB of bfloat16, three rounds; needs 20 GB of disk
+    python benchmarks/convert.py                      # about 6.1 GB of bfloat16, three rounds; needs 20 GB of disk
     python benchmarks/convert.py --layers 4 --rounds 1 --directory /some/disk
 
 A synthetic Hugging Face checkpoint of a Scout-like model (16 experts, in several shards; random bits, all finite) is
@@ -83,7 +83,11 @@ def work(task: str, source: str, destination: str) -> None:
     if task == "copy":
         shutil.copytree(source, destination)
     else:
+        from absl import logging
+
         from llama4_jax.weights.convert import convert, export
+
+        logging.set_verbosity(logging.ERROR)
 
         if task == "convert":
             convert(source, destination)
@@ -95,7 +99,7 @@ def work(task: str, source: str, destination: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--shards", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="on the disk to measure; the system's temporary directory by default")

@@ -13,8 +13,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 # Of a part. Small enough that a few in flight are little, large enough that a file a part is no burden.
 _PART_BYTES = 16 * 2**20
 _THREADS = 4
+_SEAL_BYTES = 128 * 2**20  # of finished tensors, before they are forced to the disk together
 
 # What belongs to a model beside its weights and config, in either format.
 COMPANIONS = (
@@ -97,7 +99,8 @@ def convert(
 
         def prepare(job: _Job) -> Write:
             chunk = weights.parts(job.name, _PART_BYTES * weights.dtype(job.name).itemsize // job.dtype.itemsize)
-            array = create_array(work.path / "arrays" / _stored_name(job.name), job.shape, job.dtype, chunk)
+            array_path = work.path / "arrays" / _stored_name(job.name)
+            array = create_array(array_path, job.shape, job.dtype, chunk)
 
             def write(part: Index) -> None:
                 values = _finite(weights.read(job.name, part), job.name).astype(job.dtype, copy=False)
@@ -105,7 +108,7 @@ def convert(
                 if verify:
                     _same(job.name, values, array.read(part))
 
-            return Write(chunk, write)
+            return Write(chunk, write, lambda: filter(Path.is_file, array_path.rglob("*")))
 
         work.run(prepare, report)
         made = work.path / "made"
@@ -195,7 +198,8 @@ def export(
                 if verify:
                     _same(job.name, values, table.read_boxes(boxes(row, "r"), part))
 
-            return Write(weights.parts(job.name, _PART_BYTES), write)
+            files = {rank[name].path for rank in ranks for name in row.layouts(format)[0].names}
+            return Write(weights.parts(job.name, _PART_BYTES), write, lambda: files)
 
         work.run(prepare, report)
         if format == "meta":
@@ -327,10 +331,11 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """How one tensor is written: in parts of this shape, by this function."""
+    """How one tensor is written: in parts of this shape, by this function; and the files that then hold it."""
 
     part: Shape
     write: Callable[[Index], None]
+    files: Callable[[], Iterable[Path]]
 
 
 class _Workplace:
@@ -377,21 +382,33 @@ class _Workplace:
         done = sum(job.bytes for job in self.jobs if job.name in self._finished)
         report(done, self.done.bytes)
         left: dict[str, int] = {}  # parts of each tensor that is begun
-        running: dict[Future[None], tuple[_Job, int]] = {}
-        with ThreadPoolExecutor(_THREADS) as pool, self._journal.open("a") as journal:
+        running: dict[Future[None], tuple[_Job, Write, int]] = {}
+        whole: list[tuple[_Job, Write]] = []  # finished, but perhaps not on the disk yet
+        sealing: list[Future[None]] = []
+        # The disk writes what is finished while the rest is computed; what the journal names is on the disk.
+        with self._journal.open("a") as journal, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(_THREADS) as pool:
+
+            def seal(batch: Sequence[tuple[_Job, Write]]) -> None:
+                for file in {file for _, write in batch for file in write.files()}:
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+                journal.write("".join(job.name + "\n" for job, _ in batch))
+                journal.flush()
 
             def collect(until: int) -> None:
                 nonlocal done
                 while len(running) > until:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        job, size = running.pop(future)
+                        job, write, size = running.pop(future)
                         future.result()
                         done += size
-                        report(done, self.done.bytes)
                         left[job.name] -= 1
                         if not left[job.name]:
-                            journal.write(job.name + "\n")
-                            journal.flush()
+                            whole.append((job, write))
+                        report(done, self.done.bytes)
+                if sum(job.bytes for job, _ in whole) > _SEAL_BYTES:
+                    sealing.append(disk.submit(seal, whole.copy()))
+                    whole.clear()
 
             try:
                 for job in self.jobs:
@@ -402,12 +419,14 @@ class _Workplace:
                     left[job.name] = len(parts)
                     for part in parts:
                         size = job.dtype.itemsize * math.prod(s.stop - s.start for s in part)
-                        running[pool.submit(write.write, part)] = (job, size)
+                        running[pool.submit(write.write, part)] = (job, write, size)
                         collect(_THREADS)  # so that a part waits for each thread, and no more are held
                 collect(0)
-            except BaseException:
+            finally:
                 pool.shutdown(cancel_futures=True)
-                raise
+                sealing.append(disk.submit(seal, whole.copy()))
+            for future in sealing:
+                future.result()
 
     def finish(self, made: Path) -> None:
         """Puts what was made at the destination."""
@@ -429,16 +448,21 @@ def _identity(directory: Path) -> dict[str, str]:
 
 
 _EXPONENT = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+_BLOCK = 2**17  # numbers that stay in a core's cache while they are looked at
 
 
 def _finite(values: np.ndarray, name: str) -> np.ndarray:
-    """Raises ValueError if one is not: its exponent is then all ones."""
-    mask = _EXPONENT.get(values.dtype.name)
-    finite = np.isfinite(values).all() if mask is None else not ((bits(values) & mask) == mask).any()
-    if not finite:
-        raise ValueError(
-            f"{name} holds a value that is not finite (NaN or infinity): the file is damaged, or the model diverged."
-        )
+    """The values, row-major in memory. Raises ValueError if one is not finite: its exponent is then all ones."""
+    values = table.row_major(values)
+    flat, mask = bits(values).reshape(-1), _EXPONENT.get(values.dtype.name)
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        finite = np.isfinite(block.view(values.dtype)).all() if mask is None else (block & mask).max() != mask
+        if not finite:
+            raise ValueError(
+                f"{name} holds a value that is not finite (NaN or infinity): "
+                f"the file is damaged, or the model diverged."
+            )
     return values
 
 

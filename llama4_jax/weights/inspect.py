@@ -12,8 +12,8 @@ _FORMATS = {"hf": "Hugging Face", "meta": "Meta", "run": "Orbax (ours)"}
 
 
 def describe(path: str | Path, *, every_tensor: bool = False) -> str:
-    """Format, config with where each field comes from, how it differs from the preset of its sizes, and the tensors with
-    their dtypes and sizes: those of equal shape in several layers in one line, or each (`every_tensor`).
+    """Format, config with where each field comes from, how it differs from the preset of its sizes, and the tensors
+    with their dtypes and sizes: those of equal shape in several layers in one line, or each (`every_tensor`).
 
     Reads no values. Raises as `open_weights` does.
     """
@@ -24,7 +24,7 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     width = min(44, max(map(len, values.values())))
     for name, value in values.items():
         lines.append(f"  {name:<19} {value:<{width}}  {weights.provenance.get(name, '')}".rstrip())
-    lines += ["", *(preset_differences(weights.config) or ["It differs from no preset of its sizes."])]
+    lines += ["", *(preset_differences(weights.config) or ["No preset of these sizes differs from it."])]
     lines += ["", *_tensors(weights, every_tensor)]
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ Nothing is read before it is touched, and slicing touches the slice only. Each m
 process which goes through a checkpoint keeps the pages of what it is at, not of all it has seen.
 """
 
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,22 @@ class FileTensor:
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
         if self.strides is None:
-            return np.memmap(self.path, self.dtype, mode, self.offset, self.shape).view(np.ndarray)
+            return np.memmap(self.path, self.dtype, mode, self.offset, self.shape)
         extent = self.dtype.itemsize + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         flat = np.memmap(self.path, np.uint8, mode, self.offset, (extent,))
         return np.ndarray(self.shape, self.dtype, flat, 0, self.strides)
+
+
+def write_through(to: np.memmap, values: np.ndarray) -> None:
+    """to[...] = values by a system call, where `to` is one run of bytes in its file: through the map, the kernel would
+    stop at every page that is touched first."""
+    start = np.frombuffer(to._mmap, np.uint8).ctypes.data  # of the map, which begins at a page
+    position = to.offset - to.offset % mmap.ALLOCATIONGRANULARITY + to.ctypes.data - start
+    left = memoryview(np.ascontiguousarray(values)).cast("B")
+    with open(to.filename, "r+b", buffering=0) as file:
+        while left:
+            written = os.pwrite(file.fileno(), left, position)
+            left, position = left[written:], position + written
 
 
 def reserve(path: Path, size: int) -> None:

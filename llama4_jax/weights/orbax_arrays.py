@@ -79,6 +79,7 @@ def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> Sto
         },
         create=True,
         delete_existing=True,
+        context=ts.Context({"file_io_sync": False}),
     )
     return StoredArray(store.result())
 

@@ -31,6 +31,7 @@ import numpy as np
 from einops import rearrange
 
 from llama4_jax.model.config import ModelConfig, VisionConfig
+from llama4_jax.weights.mapped import write_through
 
 Format = Literal["hf", "meta"]
 Shape = tuple[int, ...]
@@ -215,14 +216,14 @@ def read_boxes(boxes: Sequence[Box], part: Index) -> np.ndarray:
         return box.view[there]
     out = np.empty([s.stop - s.start for s in part], meeting[0][0].view.dtype)
     for box, there, here in meeting:
-        bits(out)[here] = bits(box.view[there])
+        copy(bits(out)[here], bits(box.view[there]))
     return out
 
 
 def write_boxes(boxes: Sequence[Box], part: Index, array: np.ndarray) -> None:
     """Copies a part of our array to where the boxes' files have it."""
     for box, there, here in _meeting(boxes, part):
-        bits(box.view)[there] = bits(array)[here]
+        copy(bits(box.view)[there], bits(array)[here])
 
 
 def _meeting(boxes: Sequence[Box], part: Index) -> Iterator[tuple[Box, Index, Index]]:
@@ -236,6 +237,39 @@ def _meeting(boxes: Sequence[Box], part: Index) -> Iterator[tuple[Box, Index, In
             there = tuple(slice(a - first, b - first) for (a, b), first in zip(spans, box.start, strict=True))
             here = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(spans, part, strict=True))
             yield box, there, here
+
+
+def row_major(array: np.ndarray) -> np.ndarray:
+    """The array if its memory is in this order, otherwise a copy that is."""
+    if array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    copy(bits(out), bits(array))
+    return out
+
+
+_TILE = 256  # rows and columns that stay in a core's cache while they change places
+
+
+def copy(to: np.ndarray, source: np.ndarray) -> None:
+    """to[...] = source, three times as fast where it transposes: numpy goes through one of the two in strides."""
+    if isinstance(to, np.memmap) and to.flags.c_contiguous and source.flags.c_contiguous:
+        write_through(to, source)
+        return
+    if to.ndim < 2 or to.size < _TILE**2:
+        to[...] = source
+        return
+    axes = [i for i in reversed(range(to.ndim)) if to.shape[i] > 1]
+    fast_to, fast_source = (min(axes, key=lambda i, a=a: abs(a.strides[i])) for a in (to, source))
+    if fast_to == fast_source:
+        to[...] = source
+        return
+    index = [slice(None)] * to.ndim
+    for i in range(0, to.shape[fast_to], _TILE):
+        index[fast_to] = slice(i, i + _TILE)
+        for j in range(0, to.shape[fast_source], _TILE):
+            index[fast_source] = slice(j, j + _TILE)
+            to[tuple(index)] = source[tuple(index)]
 
 
 def bits(array: np.ndarray) -> np.ndarray:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import weakref
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracles import hf, meta
+from jax.experimental.compilation_cache import compilation_cache
+from oracles import hf, meta, ours
 from oracles.cases import BY_NAME, MAVERICK, SCOUT
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +26,7 @@ from llama4_jax.model.layers import swiglu
 from llama4_jax.model.moe import MoE, combine, dispatch
 from llama4_jax.ops.grouped_matmul import grouped_matmul
 from llama4_jax.weights.parity import ParityOptions, Report, run
-from llama4_jax.weights.parity.compare import default_length
+from llama4_jax.weights.parity.options import boundaries, default_length
 from llama4_jax.weights.parity.ours import Ours
 from llama4_jax.weights.parity.torch_sides import Transformers
 from llama4_jax.weights.source import open_weights
@@ -34,10 +36,26 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 # Of a part alone, and of what is carried to the end; measured: 7e-7 and 8e-7 in the worst of all cases.
 ROUNDING = 1.5e-6
 
-# NoPE and dense, then RoPE and experts twice: faults of RoPE and of the router begin in layer 1.
-SMALL = dataclasses.replace(
-    SCOUT, name="small", layers=3, rope_pattern=(False, True, True), moe_pattern=(False, True, True)
-)
+# A NoPE layer, then two with RoPE, as Scout's are: faults of RoPE begin in layer 1.
+SMALL = dataclasses.replace(SCOUT, name="small", layers=3, rope_pattern=(False, True, True))
+TWO = dataclasses.replace(SCOUT, name="two", layers=2)  # both with RoPE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_program_is_compiled_once(tmp_path_factory):
+    """Each run compiles its layers anew, since they may have been changed; with a cache in files it is soon done."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +72,17 @@ def checkpoint(tmp_path_factory):
     return make
 
 
+def compare(path: pathlib.Path, **options) -> Report:
+    """Without decoding, which takes most of the time."""
+    return run(ParityOptions(**{"path": path, "decode": 0, **options}))
+
+
 def with_config(directory: pathlib.Path, to: pathlib.Path, **changes) -> pathlib.Path:
     """A copy with other values in its config.json; a dictionary changes part of one."""
     shutil.copytree(directory, to)
     config = json.loads((to / "config.json").read_text())
     for key, value in changes.items():
-        config[key] = config[key] | value if isinstance(value, dict) else value
+        config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
     (to / "config.json").write_text(json.dumps(config))
     return to
 
@@ -89,7 +112,7 @@ def assert_sound(report: Report) -> None:
     assert report.passed and report.divergence is None and report.failures == []
     assert report.embedding.max == 0 and report.head.max < ROUNDING
     for layer in report.layers:
-        assert max(layer.alone.max, layer.carried.max, layer.decode.max) < ROUNDING
+        assert max(layer.alone.max, layer.carried.max) < ROUNDING
         assert layer.routing in (1.0, None) and layer.ties == 0
     assert report.logits.difference.max < ROUNDING and report.logits.top1 == 1
     assert max(report.logits.kl_by_position) < 1e-11
@@ -101,10 +124,18 @@ def test_a_sound_scout_differs_from_transformers_by_rounding_only(sound):
     assert_sound(sound[0])
 
 
+def test_what_is_decoded_is_what_is_computed_at_once(sound):
+    report, _ = sound
+    assert report.decoded == 32 and "over the last 32 positions" in report.text()
+    assert all(layer.decode.max < ROUNDING for layer in report.layers)
+
+
 def test_a_sound_maverick_differs_from_transformers_by_rounding_only(checkpoint):
-    report = run(ParityOptions(path=checkpoint(MAVERICK), tokens=29))
+    said = []
+    report = run(ParityOptions(path=checkpoint(MAVERICK), decode=0), say=said.append)
     assert_sound(report)
     assert [layer.routing is None for layer in report.layers] == [not moe for moe in MAVERICK.moe]
+    assert len(said) == 8 and said[2].startswith("layer 2 of 8: RoPE chunk 8, dense, alone ")
 
 
 def test_the_gradient_of_every_tensor_is_transformers_alone_and_carried(sound):
@@ -164,11 +195,12 @@ def test_bfloat16_is_compared_with_float32_without_torch(checkpoint):
     code = f"""
 import pathlib, sys
 from llama4_jax.weights.parity import ParityOptions, run
-path = pathlib.Path({str(checkpoint(SMALL))!r})
-report = run(ParityOptions(path=path, reference="ours", dtype="bfloat16", tokens=29))
-assert report.passed, report.text()
+path = pathlib.Path({str(checkpoint(TWO))!r})
+report = run(ParityOptions(path=path, reference="ours", dtype="bfloat16", grads=True, decode=0))
+assert report.passed and sum(layer.ties for layer in report.layers) > 0, report.text()
 assert 1e-3 < max(layer.alone.max for layer in report.layers) < 3e-2, report.text()
 assert 1e-4 < report.logits.difference.max, report.text()
+assert max(layer.gradients.max for layer in report.layers) < 4e-2, report.text()
 assert report.tolerance == 5e-2
 loaded = [name for name in ("torch", "transformers") if name in sys.modules]
 assert not loaded, loaded
@@ -182,12 +214,12 @@ def test_metas_own_code_is_the_reference_for_a_meta_directory(tmp_path):
     torch.save(meta.state_dict(case, hf.reference(case).state_dict), tmp_path / "consolidated.00.pth")
     params = meta.args(case).model_dump(exclude={"max_batch_size", "max_seq_len", "quantization_args", "lora_args"})
     (tmp_path / "params.json").write_text(json.dumps(params))
-    report = run(ParityOptions(path=tmp_path, tokens=29))
+    report = compare(tmp_path)
     assert "llama-models" in report.reference
     assert_sound(report)
     assert not torch.distributed.is_initialized() or meta.reference.cache_info().currsize
     with pytest.raises(ValueError, match="--grads has nothing to compare with: Meta's code"):
-        run(ParityOptions(path=tmp_path, tokens=29, grads=True))
+        compare(tmp_path, grads=True)
 
 
 def test_one_layer_of_each_side_is_in_memory_at_a_time(checkpoint, monkeypatch):
@@ -203,7 +235,7 @@ def test_one_layer_of_each_side_is_in_memory_at_a_time(checkpoint, monkeypatch):
             return made
 
         monkeypatch.setattr(side, "layer", layer)
-    run(ParityOptions(path=checkpoint(SMALL), tokens=9, batch=1, grads=True))
+    run(ParityOptions(path=checkpoint(SMALL), grads=True))
     assert len(alive) == 2 * SMALL.layers
 
 
@@ -224,7 +256,7 @@ def assert_names(report: Report, layer: int, stage: str, rules: dict, *words: st
 
 def test_a_rope_factor_of_8_is_named(checkpoint, tmp_path):
     against = with_config(checkpoint(SMALL), tmp_path / "b", rope_parameters={"factor": 8.0})
-    report = run(ParityOptions(path=checkpoint(SMALL), against=against))
+    report = compare(checkpoint(SMALL), against=against)
     mine, reference = report.divergence.cause.rules["rope_scaling"]
     assert (mine.factor, reference.factor) == (8, 16)
     assert_names(
@@ -244,14 +276,14 @@ def test_a_rope_factor_of_8_is_named(checkpoint, tmp_path):
 def test_a_fault_of_the_reference_is_named_as_its_own(checkpoint, tmp_path):
     """The same, the other way round, and both sides ours."""
     path = with_config(checkpoint(SMALL), tmp_path / "b", rope_parameters={"factor": 8.0})
-    report = run(ParityOptions(path=path, against=checkpoint(SMALL), reference="ours"))
+    report = compare(path, against=checkpoint(SMALL), reference="ours")
     mine, reference = report.divergence.cause.rules["rope_scaling"]
     assert (mine.factor, reference.factor) == (16, 8)
 
 
 def test_a_missing_qk_norm_is_named(checkpoint, tmp_path):
     against = with_config(checkpoint(SMALL), tmp_path / "b", use_qk_norm=False)
-    report = run(ParityOptions(path=checkpoint(SMALL), against=against))
+    report = compare(checkpoint(SMALL), against=against)
     stage = "q after qk-norm and temperature"
     words = ("ours computes without qk-norm, the reference with qk-norm", "the configs differ")
     assert_names(report, 1, stage, {"qk_norm": (False, True)}, *words)
@@ -260,7 +292,7 @@ def test_a_missing_qk_norm_is_named(checkpoint, tmp_path):
 
 def test_a_qk_norm_that_our_code_forgets_is_named_though_the_configs_are_the_same(checkpoint, monkeypatch):
     monkeypatch.setattr(attention_module, "rms_normalize", lambda x, eps: x)
-    report = run(ParityOptions(path=checkpoint(SMALL)))
+    report = compare(checkpoint(SMALL))
     words = ("ours computes without qk-norm, the reference with qk-norm", "ours does not compute what its config says")
     assert_names(report, 1, "q after qk-norm and temperature", {"qk_norm": (False, True)}, *words)
 
@@ -273,7 +305,7 @@ def test_inverted_chunks_are_named(checkpoint, monkeypatch):
         return right(*args, chunk=8 if chunk is None else None, **kwargs)
 
     monkeypatch.setattr(attention_module, "attention", inverted)
-    report = run(ParityOptions(path=checkpoint(SMALL)))
+    report = compare(checkpoint(SMALL))
     words = ("ours computes attending within chunks of 8, the reference attending to the whole past",)
     assert_names(report, 0, "attention output", {"chunk": (8, None)}, *words)
     assert report.divergence.cause.position == 8  # where the second chunk begins
@@ -289,7 +321,7 @@ def test_a_router_after_the_experts_is_named(checkpoint, monkeypatch):
         return combine(y * routing.gate[:, None], routing.token, routing.sorted_at)
 
     monkeypatch.setattr(MoE, "experts", gate_after)
-    report = run(ParityOptions(path=checkpoint(SMALL)))
+    report = compare(checkpoint(dataclasses.replace(MAVERICK, layers=2)))  # the first is dense
     words = (
         "ours computes with the router's gate after the experts, the reference with the router's gate before",
         "ours does not compute what its config says",
@@ -300,7 +332,7 @@ def test_a_router_after_the_experts_is_named(checkpoint, monkeypatch):
 
 def test_a_missing_temperature_is_named(checkpoint, tmp_path):
     against = with_config(checkpoint(SMALL), tmp_path / "b", attn_temperature_tuning=False)
-    report = run(ParityOptions(path=checkpoint(SMALL), against=against))
+    report = compare(checkpoint(SMALL), against=against)
     words = ("ours computes without a temperature, the reference with the query scale 'temperature'",)
     rules = {"query_scale": ("none", "temperature")}
     assert_names(report, 0, "q after qk-norm and temperature", rules, *words)
@@ -312,7 +344,7 @@ def test_a_tensor_that_is_not_the_same_is_named(checkpoint, tmp_path):
         tensors["model.layers.2.feed_forward.router.weight"][1] *= 1.01
 
     against = with_weights(checkpoint(SMALL), tmp_path / "b", change)
-    report = run(ParityOptions(path=checkpoint(SMALL), against=against))
+    report = compare(checkpoint(SMALL), against=against)
     words = ("likely cause: the weights differ: layers.2.moe.router.kernel",)
     assert_names(report, 2, "router logits", {}, *words)
 
@@ -324,7 +356,7 @@ def test_halves_of_the_experts_matrix_that_are_swapped_are_named(checkpoint, tmp
         tensors[name] = torch.cat([up, gate], dim=-1).contiguous()
 
     against = with_weights(checkpoint(SMALL), tmp_path / "b", change)
-    report = run(ParityOptions(path=checkpoint(SMALL), against=against))
+    report = compare(checkpoint(SMALL), against=against)
     assert_names(report, 1, "feed-forward output", {}, "layers.1.moe.gate_up (gate and up are swapped)")
 
 
@@ -336,11 +368,21 @@ def test_a_cache_that_forgets_shows_in_decoding_alone(checkpoint, monkeypatch):
         return new, seen._replace(positions=jnp.where(seen.positions == 40, -1, seen.positions))
 
     monkeypatch.setattr(attention_module, "extend", forgetful)
-    report = run(ParityOptions(path=checkpoint(SMALL)))
+    report = run(ParityOptions(path=checkpoint(TWO)))
     assert not report.passed and all(layer.alone.max < ROUNDING for layer in report.layers)
     assert report.failures[0].startswith("decoding in layer 0: ")
-    assert [layer.decode.first_position for layer in report.layers] == [40, 40, 40]
+    assert [layer.decode.first_position for layer in report.layers] == [40, 40]
     assert "decoding" in report.divergence.where
+
+
+def test_a_gate_without_a_gradient_shows_in_the_gradients_alone(checkpoint, monkeypatch):
+    right = MoE.choose
+    monkeypatch.setattr(MoE, "choose", lambda self, logits: jax.lax.stop_gradient(right(self, logits)))
+    report = compare(checkpoint(TWO), grads=True)
+    assert all(layer.alone.max < ROUNDING for layer in report.layers) and report.head.max < ROUNDING
+    assert not report.passed and report.divergence.layer == 1  # the first coming backwards
+    assert "the gradient of layers.1.moe.router.kernel, in layer 1 (" in report.text()
+    assert report.layers[1].gradients.max == 1  # all of it
 
 
 def test_a_head_that_is_not_the_same_is_told_from_the_layers(checkpoint, tmp_path):
@@ -348,7 +390,7 @@ def test_a_head_that_is_not_the_same_is_told_from_the_layers(checkpoint, tmp_pat
         tensors["model.norm.weight"][0] *= 1.1
 
     against = with_weights(checkpoint(SMALL), tmp_path / "b", change)
-    report = run(ParityOptions(path=checkpoint(SMALL), against=against))
+    report = compare(checkpoint(SMALL), against=against)
     assert not report.passed and report.divergence.where == "the final norm and output head"
     assert "final_norm.scale" in report.text()
 
@@ -357,12 +399,11 @@ def test_a_head_that_is_not_the_same_is_told_from_the_layers(checkpoint, tmp_pat
 # Tokens
 
 
-def test_the_default_length_is_bounded_and_what_it_misses_is_said(checkpoint, tmp_path):
-    """At the sizes of the published models two chunks are too many tokens for a default."""
-    path = with_config(checkpoint(SMALL), tmp_path / "b", attention_chunk_size=100, floor_scale=8192)
-    report = run(ParityOptions(path=path, tokens=60, batch=1))
-    assert_sound(report)
-    text = report.text()
+def test_boundaries_that_the_tokens_do_not_reach_are_said(sound):
+    config = dataclasses.replace(ours.config(SCOUT), attention_chunk=100, temperature_floor=8192)
+    missed = boundaries(config, 60)
+    assert missed.chunks == missed.temperatures == []
+    text = dataclasses.replace(sound[0], boundaries=missed).text()
     assert "not reached: the first chunk boundary, at position 100: --tokens 132 goes beyond" in text
     assert "not reached: the first step of the temperature, at position 8191: --tokens 8224 goes beyond" in text
 
@@ -392,12 +433,12 @@ def test_a_text_can_be_what_is_compared(tmp_path):
     hf.reference(case).save_pretrained(tmp_path)
     load_tokenizer("bytes").save(tmp_path)
     text = tmp_path / "some.txt"
-    text.write_text("Iron and coal. " * 5)
-    report = run(ParityOptions(path=tmp_path, text=text, tokens=30))
+    text.write_text("Iron and coal. " * 10)
+    report = compare(tmp_path, text=text)
     assert_sound(report)
     assert "some.txt" in report.text()
-    with pytest.raises(ValueError, match=r"some.txt has 75 tokens, but 2 rows of 60 are 120. Give a longer text"):
-        run(ParityOptions(path=tmp_path, text=text, tokens=60))
+    with pytest.raises(ValueError, match=r"some.txt has 150 tokens, but 3 rows of 64 are 192. Give a longer text"):
+        compare(tmp_path, text=text, batch=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,6 +450,7 @@ def test_a_text_can_be_what_is_compared(tmp_path):
     [
         ({"tokens": 0}, r"--tokens must be at least 2, .* got 0"),
         ({"tokens": 5000}, r"--tokens is 5000, but the context of .* is 1024 tokens"),
+        ({"decode": -1}, r"--decode must be 0 or more, got -1"),
         ({"batch": 0}, r"--batch must be at least 1, got 0"),
         ({"tolerance": -1.0}, r"--tolerance must be positive, got -1.0"),
         ({"reference": "meta"}, r"--reference meta does not read .*, whose format is 'hf'"),
@@ -425,7 +467,7 @@ def test_a_mistake_is_one_clear_error(checkpoint, options, says):
 
 def test_models_of_other_sizes_are_not_compared(checkpoint):
     with pytest.raises(
-        ValueError, match=r"differ in their sizes and cannot be compared: num_layers: 3 != 7; .*experts"
+        ValueError, match=r"differ in their sizes and cannot be compared: embed_dim: 64 != 40; num_layers: 3 != 7; .*"
     ):
         run(ParityOptions(path=checkpoint(SMALL), against=checkpoint(BY_NAME["irregular"])))
 

@@ -10,12 +10,14 @@ that do not fit twice, or once.
 Each layer of ours is run on the *reference's* input to it: a layer that differs is wrong, and not merely fed by one
 that was. For the first such layer the report says where inside it the difference begins, and what would take it away.
 
-- compare.py: the walk through the model     - sides.py: what both sides have in common
-- ours.py: our layers                        - torch_sides.py: the references'
-- causes.py: why a layer differs             - report.py, plot.py: what is said
+- compare.py: the walk through the model; gradients.py: the way back
+- sides.py: what both sides have in common; ours.py: our layers; torch_sides.py: the references'
+- causes.py: why a layer differs
+- options.py: what is asked for; report.py, plot.py: what is said
 """
 
-from llama4_jax.weights.parity.compare import ParityOptions, run
+from llama4_jax.weights.parity.compare import run
+from llama4_jax.weights.parity.options import ParityOptions
 from llama4_jax.weights.parity.report import Report
 
 __all__ = ["ParityOptions", "Report", "run"]

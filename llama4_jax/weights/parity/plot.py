@@ -8,7 +8,7 @@ from llama4_jax.weights.parity.report import Report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FLOOR = 1e-12  # what is 0 is drawn here, on a logarithmic axis
+_FLOOR = 1e-16  # what is 0 is drawn here, on a logarithmic axis
 
 
 def require_matplotlib() -> None:
@@ -27,7 +27,7 @@ def plot(report: Report, path: Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True)
     for axes, values, label in (
         (above, report.logits.kl_by_position, "KL(reference || ours), nats"),
-        (below, report.logits.max_by_position, f"largest logit difference, of {report.logits.scale:.3g}"),
+        (below, report.logits.max_by_position, f"logit difference, of {report.logits.scale:.3g}"),
     ):
         axes.semilogy([max(value, _FLOOR) for value in values], ".-", color="C0", markersize=3, linewidth=0.8)
         axes.set_ylabel(label)
@@ -37,7 +37,7 @@ def plot(report: Report, path: Path) -> None:
     below.set_xlabel("position")
     above.set_title(f"{report.candidate}\nagainst {report.reference}", fontsize="small", loc="left")
     if report.boundaries.chunks or report.boundaries.temperatures:
-        above.legend(frameon=False, fontsize="small")
+        above.legend(fontsize="small", loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

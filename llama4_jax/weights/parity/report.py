@@ -45,7 +45,7 @@ class LayerReport:
     - routing, routing_carried: share of the tokens for which both choose the same experts; None without experts
     - ties: tokens for which they do not, as the logits of the experts in question are equal within the tolerance: no
       fault, and left out
-    - decode: the last positions one by one through the cache, against ours at once
+    - decode: the last positions one by one through the cache, against ours at once; None if none were
     """
 
     layer: int
@@ -55,7 +55,7 @@ class LayerReport:
     routing: float | None
     routing_carried: float | None
     ties: int
-    decode: Difference
+    decode: Difference | None
     gradients: Gradients | None = None
 
 
@@ -130,7 +130,8 @@ class Report:
         checks = [("the embedding", self.embedding.max, self.tolerance)]
         for layer in self.layers:
             checks.append((f"layer {layer.layer}", layer.alone.max, self.tolerance))
-            checks.append((f"decoding in layer {layer.layer}", layer.decode.max, self.tolerance))
+            if layer.decode is not None:
+                checks.append((f"decoding in layer {layer.layer}", layer.decode.max, self.tolerance))
         checks.append(("the final norm and output head", self.head.max, self.tolerance))
         checks.append(("the logits at the end", self.logits.difference.max, self.carried_tolerance))
         for name, gradients in [*self.gradients.items(), *self._layer_gradients()]:
@@ -157,8 +158,9 @@ class Report:
             *(f"           not reached: {line}" for line in self.boundaries.missed),
             "",
             "Differences are fractions of the reference's largest magnitude. Alone: a layer of ours on the reference's",
-            "input to it. Carried: when both have come that far on their own. Decode: ours token by token through the",
-            f"cache against ours at once, over the last {self.decoded} positions.",
+            "input to it. Carried: when both have come that far on their own."
+            + (" Decode: ours token by token through the" if self.decoded else ""),
+            *([f"cache against ours at once, over the last {self.decoded} positions."] if self.decoded else []),
         ]
 
     def _table(self) -> list[str]:
@@ -170,7 +172,7 @@ class Report:
             line = [str(r.layer), r.kind, _number(r.alone.max), _number(r.alone.mean)]
             line += [_percent(r.routing) + (f" ({r.ties} ties)" if r.ties else "")]
             line += [_number(r.carried.max), _number(r.carried.mean), _percent(r.routing_carried)]
-            line += [_number(r.decode.max)]
+            line += ["–" if r.decode is None else _number(r.decode.max)]
             if r.gradients is not None:
                 worst = r.gradients.worst.removeprefix(f"layers.{r.layer}.")
                 line += [_number(r.gradients.max), _number(r.gradients.carried), worst]
@@ -192,7 +194,7 @@ class Report:
             f"head       alone max {_number(self.head.max)}, mean {_number(self.head.mean)}",
             f"logits     max {_number(logits.difference.max)}, mean {_number(logits.difference.mean)} of "
             f"{logits.scale:.3g}; top-1 agreement {_percent(logits.top1)}; loss {logits.loss[0]:.6f} (ours), "
-            f"{logits.loss[1]:.6f} nats",
+            f"{logits.loss[1]:.6f} nats (the reference)",
             f"KL         mean {_number(sum(kl) / len(kl))}, largest {_number(kl[worst])} nats at position {worst}",
         ]
         for name, g in self.gradients.items():
