@@ -78,6 +78,11 @@ class Tokenizer(abc.ABC):
         table = b"".join(len(piece).to_bytes(4, "little") + piece for piece in self._bytes)
         self.fingerprint = f"{kind}-{hashlib.blake2b(table, digest_size=8).hexdigest()}"
 
+    @property
+    def pieces(self) -> list[bytes]:
+        """What each id that is not special stands for."""
+        return self._bytes[: self._first_special]
+
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
@@ -151,7 +156,7 @@ class BPETokenizer(Tokenizer):
 
     BASE_SIZE: ClassVar[int] = 200_000
 
-    _PATTERN: ClassVar[str] = "|".join(
+    pattern: ClassVar[str] = "|".join(
         [
             # a word, with the sign or space before it and the English contraction after it: lower case after upper …
             r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -178,7 +183,7 @@ class BPETokenizer(Tokenizer):
             )
         super().__init__("llama4-bpe", sorted(ranks, key=ranks.__getitem__), _LLAMA4_SPECIAL)
         self._bpe = tiktoken.Encoding(
-            "llama4", pat_str=self._PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            "llama4", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
 
     def _encode(self, text: str) -> list[int]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from llama4_jax.atomic import write_atomically
 from llama4_jax.config import converted_to_json
+from llama4_jax.inputs import hf_tokenizer
 from llama4_jax.inputs.tokenizer import BPE_FILE, BYTES_FILE, load_tokenizer
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.weights import hf_config, meta_config, table
@@ -209,6 +210,7 @@ def export(
         _copy_companions(run, made)
         if format == "hf":
             _write_generation_config(made, config_json)
+            _write_tokenizer(made, config)
         work.finish(made)
     return work.done
 
@@ -310,6 +312,16 @@ def _write_generation_config(made: Path, config_json: Mapping[str, Any]) -> None
     ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if text.get(key) is not None}
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     write_atomically(made / "generation_config.json", json.dumps({**ids, **sampling}, indent=2) + "\n")
+
+
+def _write_tokenizer(made: Path, config: ModelConfig) -> None:
+    """Hugging Face's form of the tokenizer, if the model came with another form only."""
+    if (made / "tokenizer.json").exists() or not any((made / file).exists() for file in (BPE_FILE, BYTES_FILE)):
+        return
+    tokenizer = load_tokenizer(made)
+    settings = hf_tokenizer.tokenizer_config(tokenizer, config.context_length)
+    write_atomically(made / "tokenizer.json", json.dumps(hf_tokenizer.tokenizer_json(tokenizer), ensure_ascii=False))
+    write_atomically(made / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

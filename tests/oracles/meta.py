@@ -111,12 +111,18 @@ def state_dict(case: Case, hf_weights: dict[str, np.ndarray]) -> dict[str, torch
     return ours
 
 
+def empty(of: ModelArgs) -> meta_model.Transformer:
+    """Meta's model on the CPU, its weights not set."""
+    _join_process_group_of_one()
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+        return meta_model.Transformer(of)
+
+
 def build(case: Case, weights: dict[str, torch.Tensor], vision: dict | None = None) -> meta_model.Transformer:
     """Meta's model in float32 on the CPU with these weights, loaded strictly by Meta's own hooks.
 
     - vision: the `vision_args` of a params.json
     """
-    _join_process_group_of_one()
     scaling = meta_model.apply_scaling
     shrink = 1.0 if case.rope_scaling is None else case.rope_scaling.original / ORIGINAL_CONTEXT
 
@@ -124,11 +130,8 @@ def build(case: Case, weights: dict[str, torch.Tensor], vision: dict | None = No
         # wavelengths are compared with 8192: slow the frequencies down as much as our context is shorter
         return scaling(freqs * shrink, *factors) / shrink
 
-    with (
-        mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
-        mock.patch.object(meta_model, "apply_scaling", scaling_with_our_context),
-    ):
-        model = meta_model.Transformer(args(case).model_copy(update={"vision_args": vision and VisionArgs(**vision)}))
+    with mock.patch.object(meta_model, "apply_scaling", scaling_with_our_context):
+        model = empty(args(case).model_copy(update={"vision_args": vision and VisionArgs(**vision)}))
     model.load_state_dict(dict(weights), strict=True)
     return model.eval()
 

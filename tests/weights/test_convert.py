@@ -21,11 +21,12 @@ from make_checkpoints import META, VISION, meta_tensors, write_meta, write_visio
 from oracles import hf, meta, ours
 from oracles.cases import MAVERICK, SCOUT, tokens
 from safetensors.numpy import load_file, save_file
-from transformers import Llama4ForCausalLM, Llama4ForConditionalGeneration
+from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4ForConditionalGeneration
 
 import llama4_jax
 from llama4_jax.config import RunConfig, to_json
 from llama4_jax.data.config import DataConfig
+from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.weights import convert as convert_module
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves
@@ -128,10 +129,12 @@ def test_hugging_face_to_ours_to_meta_loads_in_metas_code_and_comes_back(tmp_pat
     np.testing.assert_array_equal(logits, meta.logits(META))
     export(tmp_path / "run", tmp_path / "meta8", format="meta", shards=8)
     convert(tmp_path / "meta8", tmp_path / "again")
-    (tmp_path / "again" / "generation_config.json").unlink(missing_ok=True)
+    ByteTokenizer().save(tmp_path / "again")
     export(tmp_path / "again", tmp_path / "out", format="hf", shards=1)
     assert_same(read_hf(tmp_path / "out"), hf.reference(META).state_dict)
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["top_p"] == 0.9
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"] == [256, 97, 98]
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["top_p"] == 0.9 and generation["bos_token_id"] == 256
 
 
 @pytest.mark.parametrize("through_meta", [0, 1, 4])

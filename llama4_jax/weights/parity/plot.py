@@ -37,7 +37,8 @@ def plot(report: Report, path: Path) -> None:
     below.set_xlabel("position")
     above.set_title(f"{report.candidate}\nagainst {report.reference}", fontsize="small", loc="left")
     if report.boundaries.chunks or report.boundaries.temperatures:
-        above.legend(fontsize="small", loc="upper right")
+        handles, labels = above.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -151,6 +151,7 @@ class Report:
     def _head(self) -> list[str]:
         batch, length = self.shape
         crossed = f"{len(self.boundaries.chunks)} chunk boundaries and {len(self.boundaries.temperatures)} steps of the"
+        decode = [f"Decode: ours token by token through the cache, the last {self.decoded} positions, against at once."]
         return [
             f"reference  {self.reference}",
             f"candidate  {self.candidate}",
@@ -158,9 +159,8 @@ class Report:
             *(f"           not reached: {line}" for line in self.boundaries.missed),
             "",
             "Differences are fractions of the reference's largest magnitude. Alone: a layer of ours on the reference's",
-            "input to it. Carried: when both have come that far on their own."
-            + (" Decode: ours token by token through the" if self.decoded else ""),
-            *([f"cache against ours at once, over the last {self.decoded} positions."] if self.decoded else []),
+            "input to it. Carried: when both have come that far on their own.",
+            *(decode if self.decoded else []),
         ]
 
     def _table(self) -> list[str]:
