@@ -19,6 +19,9 @@ from jax.experimental import multihost_utils
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
 
+# So that a part of an array that stacks layers can be read, and exported, without the rest.
+_SAVE_ARGS = ocp.SaveArgs(chunk_byte_size=32 * 2**20)
+
 
 class OtherArrays(ValueError):
     """A sound checkpoint, but of another model or optimizer than the one asked for."""
@@ -80,7 +83,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{
-                        MODEL: ocp.args.StandardSave(model),
+                        MODEL: ocp.args.StandardSave(model, dict.fromkeys(model, _SAVE_ARGS)),
                         TRAINING: ocp.args.StandardSave(training),
                         PROGRESS: ocp.args.JsonSave(progress),
                     }

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 from flax import nnx
@@ -28,10 +29,12 @@ from llama4_jax.config import RunConfig, to_json
 from llama4_jax.data.config import DataConfig
 from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.weights import checkpoint
 from llama4_jax.weights import convert as convert_module
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves
 from llama4_jax.weights.convert import Done, convert, export
 from llama4_jax.weights.load import named_variables
+from llama4_jax.weights.orbax_arrays import StoredArray, stored_arrays
 from llama4_jax.weights.safetensors import HFCheckpoint, SafetensorsFile, create_safetensors
 from llama4_jax.weights.source import open_weights
 from llama4_jax.weights.table import InMemory, from_hf
@@ -130,6 +133,7 @@ def test_hugging_face_to_ours_to_meta_loads_in_metas_code_and_comes_back(tmp_pat
     export(tmp_path / "run", tmp_path / "meta8", format="meta", shards=8)
     convert(tmp_path / "meta8", tmp_path / "again")
     ByteTokenizer().save(tmp_path / "again")
+    (tmp_path / "again" / "generation_config.json").unlink()
     export(tmp_path / "again", tmp_path / "out", format="hf", shards=1)
     assert_same(read_hf(tmp_path / "out"), hf.reference(META).state_dict)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab")["input_ids"] == [256, 97, 98]
@@ -197,6 +201,18 @@ def test_a_trained_run_is_exported_whether_its_layers_are_stacked_or_not(scan, t
     loaded, exported = (llama4_jax.from_pretrained(tmp_path / path, dtype="float32") for path in ("run", "out"))
     for name, variable in named_variables(loaded).items():
         np.testing.assert_array_equal(variable[...], named_variables(exported)[name][...], err_msg=name)
+
+
+def test_stacked_layers_are_stored_in_chunks_that_can_be_read_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_SAVE_ARGS", ocp.SaveArgs(chunk_byte_size=2048))
+    checkpoints = Checkpoints(tmp_path)
+    stack = np.random.default_rng(0).standard_normal((3, 16, 32), np.float32)
+    checkpoints.save(1, {"params.decoder.group.0.x": jax.numpy.asarray(stack)}, {"x": np.zeros(1)}, {"step": 1})
+    checkpoints.wait()
+    store = stored_arrays(tmp_path / "checkpoints" / "1")["params.decoder.group.0.x"]
+    step = StoredArray(store, 2)
+    assert np.prod(step.chunk) * 4 <= 2048
+    np.testing.assert_array_equal(step.read((slice(1, 9), slice(0, 32))), stack[2, 1:9])
 
 
 def test_what_was_converted_is_restored_on_any_mesh_straight_into_its_shards(tmp_path):
@@ -514,8 +530,6 @@ def test_a_chunk_that_is_lost_does_not_become_zeros(source, tmp_path):
 
 
 def test_a_disk_that_returns_other_bytes_is_noticed_when_verifying(scout_dir, tmp_path, monkeypatch):
-    from llama4_jax.weights.orbax_arrays import StoredArray
-
     monkeypatch.setattr(StoredArray, "read", lambda self, part: np.zeros(0, self.dtype))
     with pytest.raises(OSError, match=r"reads back otherwise than it was written"):
         convert(scout_dir, tmp_path / "out", verify=True)

@@ -126,7 +126,7 @@ def test_a_sound_scout_differs_from_transformers_by_rounding_only(sound):
 
 def test_what_is_decoded_is_what_is_computed_at_once(sound):
     report, _ = sound
-    assert report.decoded == 32 and "the last 32 positions" in report.text()
+    assert report.decoded == 32 and "Decode: the last 32 positions" in report.text()
     assert all(layer.decode.max < ROUNDING for layer in report.layers)
 
 

@@ -151,7 +151,9 @@ class Report:
     def _head(self) -> list[str]:
         batch, length = self.shape
         crossed = f"{len(self.boundaries.chunks)} chunk boundaries and {len(self.boundaries.temperatures)} steps of the"
-        decode = [f"Decode: ours token by token through the cache, the last {self.decoded} positions, against at once."]
+        decode = [
+            f"Decode: the last {self.decoded} positions one by one through our cache, against all of them at once."
+        ]
         return [
             f"reference  {self.reference}",
             f"candidate  {self.candidate}",
