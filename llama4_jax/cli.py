@@ -102,7 +102,7 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
         case ParityOptions():
             from llama4_jax.weights.parity import run
 
-            report = run(command)
+            report = run(command, say=lambda line: print(line, file=sys.stderr))
             print(report.text())
             return 0 if report.passed else 1
     return 0
