@@ -75,7 +75,11 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
             print(describe(command.path, every_tensor=command.tensors))
         case Convert():
             from llama4_jax.weights.convert import convert
+            from llama4_jax.weights.load import preset_differences
+            from llama4_jax.weights.source import open_weights
 
+            for line in preset_differences(open_weights(command.source).config):
+                print(line, file=sys.stderr)
             with _Progress(f"{command.source} → {command.destination}") as progress:
                 done = convert(
                     command.source,
@@ -109,7 +113,7 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
 
 
 class _Progress:
-    """A bar on stderr: bytes, rate, time left."""
+    """A bar on stderr, once there is something to do: bytes, rate, time left."""
 
     def __init__(self, title: str):
         from rich.console import Console
@@ -121,13 +125,13 @@ class _Progress:
         self._task = self._bar.add_task(title, total=None)
 
     def __enter__(self) -> "_Progress":
-        self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
     def report(self, done: int, total: int) -> None:
+        self._bar.start()
         self._bar.update(self._task, completed=done, total=total)
 
     def say(self, done, destination: Path) -> None:
