@@ -1,6 +1,6 @@
 """The picture of a training run: bits per byte of train and held-out text, over steps.
 
-pip install -e ".[bench]" && python benchmarks/curve.py runs/tiny docs/tiny.png
+pip install -e ".[test]" && python benchmarks/curve.py runs/tiny docs/tiny.png
 """
 
 import argparse

@@ -371,7 +371,8 @@ class _Workplace:
                     f"{self.path} is of another conversion that was interrupted: go on with that one, or remove it."
                 )
         self._finished = set(finished) & {job.name for job in self.jobs}
-        left = sum(job.bytes for job in self.jobs if job.name not in self._finished)
+        taken = sum(file.stat().st_blocks * 512 for file in self.path.rglob("*") if file.is_file())
+        left = self.done.bytes - taken
         parent = next(p for p in self.path.parents if p.exists())
         free = shutil.disk_usage(parent).free
         if left > free:
@@ -379,14 +380,15 @@ class _Workplace:
                 f"no room for {self.destination}: {left / 2**30:,.2f} GiB are to be written, and {free / 2**30:,.2f} "
                 f"GiB are free there. Make room, or choose another destination."
             )
-        if not self._journal.exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._journal, self._identity + "\n")
+        self.path.mkdir(parents=True, exist_ok=True)
+        # anew, as its last line may be cut short
+        names = [job.name for job in self.jobs if job.name in self._finished]
+        write_atomically(self._journal, "".join(line + "\n" for line in [self._identity, *names]))
         self.done = dataclasses.replace(self.done, resumed=len(self._finished))
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, OSError) and not isinstance(error, FileExistsError):
+        if isinstance(error, Exception):
             error.add_note(f"What is finished is kept in {self.path}: the same command goes on with it.")
 
     def run(self, prepare: Callable[[_Job], Write], report: Report) -> None:
