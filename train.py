@@ -4,9 +4,11 @@
     python train.py tiny --steps 50 --optimizer.peak-lr 1e-3
     python train.py tiny --help                            # every field
 
-The same command resumes a run that was stopped, in whatever way.
+The same command resumes a run that was stopped, in whatever way. Flags that make it another run give it another name,
+such as runs/tiny,optimizer.peak_lr=0.001, unless --name does.
 """
 
+import dataclasses
 import difflib
 import importlib.util
 import sys
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> int:
         base = load_config(arguments[0])
         import tyro
 
-        from llama4_jax.config import RunConfig
+        from llama4_jax.config import RunConfig, name_of_variant
 
         config = tyro.cli(
             RunConfig,
@@ -50,6 +52,8 @@ def main(arguments: list[str]) -> int:
             default=base,
             config=(tyro.conf.AvoidSubcommands,),
         )
+        if not any(argument.split("=")[0] == "--name" for argument in arguments):
+            config = dataclasses.replace(config, name=name_of_variant(base, config))
         import jax
 
         # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.

@@ -2,7 +2,9 @@
 config.json beside each checkpoint."""
 
 import dataclasses
+import hashlib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -139,13 +141,29 @@ def model_from_json(text: str) -> SavedModel:
 
 def differences(saved: RunConfig, new: RunConfig) -> list[str]:
     """`field: saved -> new` for each field that may not change when a run is resumed."""
+    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in _changes(saved, new).items()]
+
+
+def name_of_variant(base: RunConfig, variant: RunConfig) -> str:
+    """A name for a run that differs from `base` in fields that make it another run: "tiny,model.num_experts=8". The
+    same for the same fields, so that the same command finds it again."""
+    changes = [f"{name}={value}" for name, (_, value) in _changes(base, variant).items()]
+    if not changes:
+        return variant.name
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join([base.name, *changes]))
+    if len(name) <= 120:
+        return name
+    return f"{name[:100]},{hashlib.sha256(repr(changes).encode()).hexdigest()[:12]}"
+
+
+def _changes(saved: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     flat_saved, flat_new = (dict(_flatten(dataclasses.asdict(config))) for config in (saved, new))
-    return [
-        f"{name}: {flat_saved.get(name)!r} -> {flat_new.get(name)!r}"
+    return {
+        name: (flat_saved.get(name), flat_new.get(name))
         for name in sorted(flat_saved.keys() | flat_new.keys())
         if not any(name == free or name.startswith(free + ".") for free in FREE)
         and flat_saved.get(name) != flat_new.get(name)
-    ]
+    }
 
 
 def _flatten(tree: dict[str, Any], prefix: str = ""):

@@ -147,7 +147,7 @@ def content(directory):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--optimizer.peak-lr", "0.5", "--data.seq-len", "16"],
+        (["--name", "micro", "--optimizer.peak-lr", "0.5", "--data.seq-len", "16"],
          ["another config", "optimizer.peak_lr: 0.01 -> 0.5", "data.seq_len: 32 -> 16", "--name"]),
         (["--model.num-expert", "8"], ["--model.num-expert", "--model.num-experts"]),
         (["--mesh.data", "3"], ["data.batch_size", "mesh.data", "3", "multiple of 3"]),
@@ -167,6 +167,19 @@ def test_a_mistake_is_one_clear_error_and_touches_nothing(undisturbed, place, op
         assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert content(run) == before
+
+
+def test_flags_that_make_it_another_run_give_it_another_name_and_the_same_command_finds_it(undisturbed, place):
+    run = copy_of(undisturbed, place)
+    before = content(run)
+    options = ("--optimizer.peak-lr", "0.5", "--steps", "12", "--mesh.data", "2")
+    result = train(place, *options)
+    assert result.returncode == 0, result.stderr
+    variant = place / "micro,optimizer.peak_lr=0.5"
+    assert last_step(variant) == 12 and content(run) == before
+    result = train(place, *options[:2], "--steps", "14")
+    assert "resumed at step 12 of 14" in result.stdout, result.stderr
+    assert last_step(variant) == 14
 
 
 def test_a_mistyped_config_is_answered_with_the_nearest_one(capsys):
