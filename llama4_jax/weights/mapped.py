@@ -35,11 +35,11 @@ class FileTensor:
 
 
 def write_through(to: np.memmap, values: np.ndarray) -> None:
-    """to[...] = values by a system call, where `to` is one run of bytes in its file: through the map, the kernel would
-    stop at every page that is touched first."""
+    """to[...] = values by a system call, where both are row-major and `to` is one run of bytes in its file: through the
+    map, the kernel would stop at every page that is touched first."""
     start = np.frombuffer(to._mmap, np.uint8).ctypes.data  # of the map, which begins at a page
     position = to.offset - to.offset % mmap.ALLOCATIONGRANULARITY + to.ctypes.data - start
-    left = memoryview(np.ascontiguousarray(values)).cast("B")
+    left = memoryview(values).cast("B")
     with open(to.filename, "r+b", buffering=0) as file:
         while left:
             written = os.pwrite(file.fileno(), left, position)

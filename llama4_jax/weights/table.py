@@ -253,9 +253,11 @@ _TILE = 256  # rows and columns that stay in a core's cache while they change pl
 
 def copy(to: np.ndarray, source: np.ndarray) -> None:
     """to[...] = source, three times as fast where it transposes: numpy goes through one of the two in strides."""
-    if isinstance(to, np.memmap) and to.flags.c_contiguous and source.flags.c_contiguous:
-        write_through(to, source)
-        return
+    if isinstance(to, np.memmap):
+        order = sorted(range(to.ndim), key=lambda i: (-to.strides[i], -to.shape[i]))  # as in the file
+        if to.transpose(order).flags.c_contiguous:
+            write_through(to.transpose(order), row_major(source.transpose(order)))
+            return
     if to.ndim < 2 or to.size < _TILE**2:
         to[...] = source
         return
