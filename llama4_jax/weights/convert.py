@@ -176,14 +176,15 @@ def export(
     rows = {row.ours: row for row in table.rows(config)}
     _check_rows(weights, rows)
     jobs = [_Job(name, row.shape, _target(weights, name, dtype)) for name, row in rows.items()]
+    tensors = _file_tensors(jobs, rows, format, 1 if format == "hf" else shards or 1)
     identity = {"from": _identity(run), "format": format, "shards": shards, "dtype": dtype}
     with _Workplace(destination, identity, jobs) as work:
         made = work.path / "made"
         made.mkdir(exist_ok=True)
         if format == "hf":
-            ranks = [_create_hf(made, config, jobs, rows, shards)]
+            ranks = [_create_hf(made, config, tensors, shards)]
         else:
-            ranks = _create_meta(made, jobs, rows, shards or 1)
+            ranks = [create_pth(made / f"consolidated.{rank:02d}.pth", tensors) for rank in range(shards or 1)]
 
         def boxes(row: Row, mode: Literal["r", "r+"]) -> list[Box]:
             layout = row.layouts(format)[0]
@@ -226,14 +227,27 @@ def _check_rows(weights: Weights, rows: Mapping[str, Row]) -> None:
         raise ValueError(f"cannot write these weights, {len(problems)} point(s):\n  " + "\n  ".join(problems[:20]))
 
 
-def _create_hf(
-    made: Path, config: ModelConfig, jobs: Sequence["_Job"], rows: Mapping[str, Row], shards: int | None
-) -> dict[str, FileTensor]:
-    """Empty safetensors files under `made`, with their index: the tensors by the table's names."""
+def _file_tensors(
+    jobs: Sequence["_Job"], rows: Mapping[str, Row], format: table.Format, ranks: int
+) -> dict[str, tuple[np.dtype, Shape]]:
+    """The tensors of the files, as each of `ranks` model-parallel ranks holds them. Raises ValueError if the ranks do
+    not divide one, or if one is made of several of ours that have different dtypes."""
     tensors: dict[str, tuple[np.dtype, Shape]] = {}
     for job in jobs:
-        layout = rows[job.name].hf[0]
-        tensors |= dict.fromkeys(layout.names, (job.dtype, rows[job.name].file_shape(layout)))
+        layout = rows[job.name].layouts(format)[0]
+        for name in layout.names:
+            made = (job.dtype, rows[job.name].file_shape(layout, ranks))
+            if tensors.setdefault(name, made) != made:
+                raise ValueError(
+                    f"{job.name} is {job.dtype}, but other parts of {name} are {tensors[name][0]}: give one --dtype."
+                )
+    return tensors
+
+
+def _create_hf(
+    made: Path, config: ModelConfig, tensors: Mapping[str, tuple[np.dtype, Shape]], shards: int | None
+) -> dict[str, FileTensor]:
+    """Empty safetensors files under `made`, with their index: the tensors by the table's names."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
     total = sum(sizes.values())
     shards = min(shards or -(-total // 5_000_000_000), len(tensors))
@@ -259,17 +273,6 @@ def _create_hf(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomically(made / INDEX, json.dumps(index, indent=2) + "\n")
     return files
-
-
-def _create_meta(
-    made: Path, jobs: Sequence["_Job"], rows: Mapping[str, Row], ranks: int
-) -> list[dict[str, FileTensor]]:
-    """An empty .pth file for each model-parallel rank."""
-    tensors: dict[str, tuple[np.dtype, Shape]] = {}
-    for job in jobs:
-        layout = rows[job.name].meta[0]
-        tensors |= dict.fromkeys(layout.names, (job.dtype, rows[job.name].file_shape(layout, ranks)))
-    return [create_pth(made / f"consolidated.{rank:02d}.pth", tensors) for rank in range(ranks)]
 
 
 def _repeat_on_every_rank(ranks: Sequence[Mapping[str, FileTensor]], rows: Mapping[str, Row]) -> None:

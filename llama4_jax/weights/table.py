@@ -211,6 +211,8 @@ Index = tuple[slice, ...]  # a part of one of our arrays: start and stop along e
 def read_boxes(boxes: Sequence[Box], part: Index) -> np.ndarray:
     """A part of our array; a view if it lies in one box, and is no quantized one."""
     meeting = list(_meeting(boxes, part))
+    if len({box.view.dtype for box in boxes}) > 1:
+        raise ValueError(f"the parts of one tensor have different dtypes: {[box.view.dtype.name for box in boxes]}.")
     if len(meeting) == 1:
         [(box, there, _)] = meeting
         return box.view[there]

@@ -255,6 +255,32 @@ def test_a_model_that_the_format_cannot_express_is_refused_before_anything_is_wr
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def test_ranks_that_do_not_divide_a_tensor_are_refused_before_anything_is_written(scout_dir, tmp_path):
+    hf.reference(META).save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"tok_embeddings\.weight: 5 ranks do not divide its axis V of 96"):
+        export(tmp_path / "run", tmp_path / "out", format="meta", shards=5)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "run"}
+
+
+@pytest.mark.parametrize("name", ["up_proj", "q_proj"])
+def test_parts_of_one_tensor_in_different_dtypes_are_never_mixed(name, tmp_path):
+    hf.reference(META).save_pretrained(tmp_path / "hf")
+    where = {"up_proj": "feed_forward.up_proj", "q_proj": "self_attn.q_proj"}[name]
+
+    def narrow(tensors):
+        tensors[f"model.layers.0.{where}.weight"] = tensors[f"model.layers.0.{where}.weight"].astype(np.float16)
+
+    edit(tmp_path / "hf" / "model.safetensors", narrow)
+    if name == "up_proj":  # beside gate_proj in ours
+        with pytest.raises(ValueError, match=r"different dtypes: \['float32', 'float16'\]"):
+            convert(tmp_path / "hf", tmp_path / "run")
+        return
+    convert(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.k\.kernel is float32, but other parts of .*wqkv"):
+        export(tmp_path / "run", tmp_path / "out", format="meta")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Interruptions
 
