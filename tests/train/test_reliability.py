@@ -172,12 +172,12 @@ def test_a_mistake_is_one_clear_error_and_touches_nothing(undisturbed, place, op
 def test_flags_that_make_it_another_run_give_it_another_name_and_the_same_command_finds_it(undisturbed, place):
     run = copy_of(undisturbed, place)
     before = content(run)
-    options = ("--optimizer.peak-lr", "0.5", "--steps", "12", "--mesh.data", "2")
-    result = train(place, *options)
+    options = ("--optimizer.peak-lr", "0.5", "--steps")
+    result = train(place, *options, "12")
     assert result.returncode == 0, result.stderr
     variant = place / "micro,optimizer.peak_lr=0.5"
     assert last_step(variant) == 12 and content(run) == before
-    result = train(place, *options[:2], "--steps", "14")
+    result = train(place, *options, "14")
     assert "resumed at step 12 of 14" in result.stdout, result.stderr
     assert last_step(variant) == 14
 
@@ -190,7 +190,8 @@ def test_a_mistyped_config_is_answered_with_the_nearest_one(capsys):
 
 
 def test_losses_that_stay_infinite_stop_the_run_and_spare_the_last_checkpoint(place):
-    result = train(place, "--optimizer.peak-lr", "1e30", "--max-bad-steps", "3", "--checkpoint-every", "1")
+    options = ("--name", "micro", "--optimizer.peak-lr", "1e30", "--max-bad-steps", "3", "--checkpoint-every", "1")
+    result = train(place, *options)
     assert result.returncode == 1
     assert re.search(r"not finite in 3 steps in a row", result.stderr) and "optimizer.peak_lr" in result.stderr
     assert "Traceback" not in result.stderr
