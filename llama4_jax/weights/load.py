@@ -18,7 +18,7 @@ from jax.sharding import Mesh, Sharding
 from llama4_jax.model.config import ModelConfig, Precision, difference
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import PRESETS
-from llama4_jax.weights.source import RunWeights, Weights, open_weights, run_steps, source_format
+from llama4_jax.weights.source import RunWeights, Weights, open_weights, run_steps, saved_model, source_format
 from sharding import parameter_sharding
 
 
@@ -117,10 +117,10 @@ def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
 
 def load_run(run: Path, *, precision: Precision, mesh: Mesh | None) -> Llama4:
     """The model of a run directory's newest readable checkpoint. Raises as `from_pretrained` does."""
-    steps = run_steps(run)
+    saved, steps = saved_model(run), run_steps(run)
     for step in reversed(steps):
         try:
-            weights = RunWeights(run, step)
+            weights = RunWeights(run, saved, step)
         except Exception as error:  # a damaged file may show as anything
             _say_damaged(run, step, error)
             continue

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from llama4_jax.config import model_from_json
+from llama4_jax.config import SavedModel, model_from_json
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.weights import hf_config, meta_config, table
 from llama4_jax.weights.dequantize import HFTensors, MetaTensors
@@ -94,19 +94,17 @@ def divide(row: Row, layout: Layout, itemsize: int, limit: int) -> Shape:
 
 
 class RunWeights:
-    """Weights in a run of `train.py`, or in what `llama4 convert` made: of one checkpoint, by default the newest."""
+    """Weights in a run of `train.py`, or in what `llama4 convert` made: those of one checkpoint."""
 
     format: SourceFormat = "run"
 
-    def __init__(self, path: Path, step: int | None = None):
+    def __init__(self, path: Path, saved: SavedModel, step: int):
         # Here, since Orbax takes a second to import, and files of other formats do not need it.
         from llama4_jax.weights.orbax_arrays import StoredArray, stored_arrays
 
-        saved = model_from_json((path / "config.json").read_text(encoding="utf-8"))
-        self.path, self.config = path, saved.model
+        self.path, self.config, self.step = path, saved.model, step
         self.provenance = saved.provenance or dict.fromkeys(vars(saved.model), "config.json of the run")
-        self.step = run_steps(path)[-1] if step is None else step
-        stores = stored_arrays(path / "checkpoints" / str(self.step))
+        stores = stored_arrays(path / "checkpoints" / str(step))
         places = locate({name: tuple(store.shape) for name, store in stores.items()}, self.config)
         order = {row.ours: i for i, row in enumerate(table.rows(self.config))}
         self._arrays = {
@@ -135,6 +133,11 @@ class RunWeights:
             size = array.dtype.itemsize * int(np.prod(part))
             part[axis] = min(array.shape[axis], part[axis] * max(1, limit // max(1, size)))
         return tuple(part)
+
+
+def saved_model(run: Path) -> SavedModel:
+    """What the config.json of a directory of ours says. Raises ValueError naming the field that is wrong."""
+    return model_from_json((run / "config.json").read_text(encoding="utf-8"))
 
 
 def run_steps(run: Path) -> list[int]:
@@ -175,7 +178,7 @@ def open_weights(path: str | Path) -> Weights:
     path = Path(path)
     kind = source_format(path)
     if kind == "run":
-        return RunWeights(path)
+        return RunWeights(path, saved_model(path), run_steps(path)[-1])
     if kind == "hf":
         checkpoint = HFCheckpoint(path)
         config, provenance = hf_config.model_config(checkpoint.config), hf_config.provenance(checkpoint.config)

@@ -555,6 +555,16 @@ def test_a_chunk_that_is_lost_does_not_become_zeros(source, tmp_path):
         llama4_jax.from_pretrained(tmp_path / "out")
 
 
+def test_a_config_of_ours_that_is_wrong_is_no_damaged_checkpoint(source, tmp_path, capsys):
+    convert(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["model"]["top_k"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"missing fields model\.top_k"):
+        llama4_jax.from_pretrained(tmp_path / "out")
+    assert "damaged" not in capsys.readouterr().err
+
+
 def test_a_disk_that_returns_other_bytes_is_noticed_when_verifying(scout_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(StoredArray, "read", lambda self, part: np.zeros(0, self.dtype))
     with pytest.raises(OSError, match=r"reads back otherwise than it was written"):
