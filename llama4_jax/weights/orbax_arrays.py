@@ -19,7 +19,7 @@ from orbax.checkpoint import type_handlers
 from llama4_jax.weights.checkpoint import MODEL, PROGRESS
 from llama4_jax.weights.table import Index, Shape
 
-_CACHE_BYTES = 256 * 2**20  # of decoded chunks: those of a training run may be larger than the parts that are read
+_CACHE_BYTES = 64 * 2**20  # of decoded chunks: those of a training run may be larger than the parts that are read
 
 
 class StoredArray:
