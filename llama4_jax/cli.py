@@ -75,11 +75,7 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
             print(describe(command.path, every_tensor=command.tensors))
         case Convert():
             from llama4_jax.weights.convert import convert
-            from llama4_jax.weights.load import preset_differences
-            from llama4_jax.weights.source import open_weights
 
-            for line in preset_differences(open_weights(command.source).config):
-                print(line, file=sys.stderr)
             with _Progress(f"{command.source} → {command.destination}") as progress:
                 done = convert(
                     command.source,
@@ -87,6 +83,7 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
                     dtype=command.dtype,
                     verify=command.verify,
                     report=progress.report,
+                    say=_to_stderr,
                 )
             progress.say(done, command.destination)
         case Export():
@@ -106,10 +103,14 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
         case ParityOptions():
             from llama4_jax.weights.parity import run
 
-            report = run(command, say=lambda line: print(line, file=sys.stderr))
+            report = run(command, say=_to_stderr)
             print(report.text())
             return 0 if report.passed else 1
     return 0
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class _Progress:

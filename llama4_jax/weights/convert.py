@@ -29,6 +29,7 @@ from llama4_jax.inputs import hf_tokenizer
 from llama4_jax.inputs.tokenizer import BPE_FILE, BYTES_FILE, load_tokenizer
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.weights import hf_config, meta_config, table
+from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.mapped import FileTensor
 from llama4_jax.weights.meta_files import PARAMS, create_pth
 from llama4_jax.weights.safetensors import INDEX, SINGLE, create_safetensors, read_json
@@ -73,11 +74,13 @@ def convert(
     dtype: Literal["float32", "bfloat16"] | None = None,
     verify: bool = False,
     report: Report = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Done:
     """Makes a directory of ours, with an Orbax checkpoint, of a Hugging Face or Meta directory.
 
     - dtype: of all tensors; None keeps each as it is (quantized ones become bfloat16)
     - verify: read everything back when it is written, and compare it bit for bit
+    - say: is told how the config differs from the preset of its sizes, a line a field
 
     Raises ValueError and FileNotFoundError as `open_weights` does; FileExistsError if the destination exists;
     ValueError for a value that is not finite; OSError if there is no room. The source is never written, and what is
@@ -95,10 +98,12 @@ def convert(
             f"{source} holds {len(weights.plan.vision)} tensors of a vision encoder ({weights.plan.vision[0]} …), but "
             f"its config describes none: add its vision_config, or use the config.json that belongs to it."
         )
+    for line in preset_differences(weights.config):
+        say(line)
     jobs = [_Job(name, weights.shape(name), _target(weights, name, dtype)) for name in weights.names]
     with _Workplace(destination, {"from": _identity(source), "dtype": dtype}, jobs) as work:
 
-        def prepare(job: _Job) -> Write:
+        def prepare(job: _Job) -> _Write:
             chunk = weights.parts(job.name, _PART_BYTES * weights.dtype(job.name).itemsize // job.dtype.itemsize)
             array_path = work.path / "arrays" / _stored_name(job.name)
             array = create_array(array_path, job.shape, job.dtype, chunk)
@@ -109,7 +114,7 @@ def convert(
                 if verify:
                     _same(job.name, values, array.read(part))
 
-            return Write(chunk, write, lambda: filter(Path.is_file, array_path.rglob("*")))
+            return _Write(chunk, write, lambda: filter(Path.is_file, array_path.rglob("*")))
 
         work.run(prepare, report)
         made = work.path / "made"
@@ -191,7 +196,7 @@ def export(
             holders = ranks if layout.split else ranks[:1]
             return row.boxes(layout, [[rank[name].map(mode) for name in layout.names] for rank in holders])
 
-        def prepare(job: _Job) -> Write:
+        def prepare(job: _Job) -> _Write:
             row = rows[job.name]
 
             def write(part: Index) -> None:
@@ -201,7 +206,7 @@ def export(
                     _same(job.name, values, table.read_boxes(boxes(row, "r"), part))
 
             files = {rank[name].path for rank in ranks for name in row.layouts(format)[0].names}
-            return Write(weights.parts(job.name, _PART_BYTES), write, lambda: files)
+            return _Write(weights.parts(job.name, _PART_BYTES), write, lambda: files)
 
         work.run(prepare, report)
         if format == "meta":
@@ -345,7 +350,7 @@ class _Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Write:
+class _Write:
     """How one tensor is written: in parts of this shape, by this function; and the files that then hold it."""
 
     part: Shape
@@ -394,18 +399,18 @@ class _Workplace:
         if isinstance(error, Exception):
             error.add_note(f"What is finished is kept in {self.path}: the same command goes on with it.")
 
-    def run(self, prepare: Callable[[_Job], Write], report: Report) -> None:
+    def run(self, prepare: Callable[[_Job], _Write], report: Report) -> None:
         """Writes every tensor that is not finished, several parts at a time."""
         done = sum(job.bytes for job in self.jobs if job.name in self._finished)
         report(done, self.done.bytes)
         left: dict[str, int] = {}  # parts of each tensor that is begun
-        running: dict[Future[None], tuple[_Job, Write, int]] = {}
-        whole: list[tuple[_Job, Write]] = []  # finished, but perhaps not on the disk yet
+        running: dict[Future[None], tuple[_Job, _Write, int]] = {}
+        whole: list[tuple[_Job, _Write]] = []  # finished, but perhaps not on the disk yet
         sealing: list[Future[None]] = []
         # The disk writes what is finished while the rest is computed; what the journal names is on the disk.
         with self._journal.open("a") as journal, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(_THREADS) as pool:
 
-            def seal(batch: Sequence[tuple[_Job, Write]]) -> None:
+            def seal(batch: Sequence[tuple[_Job, _Write]]) -> None:
                 for file in {file for _, write in batch for file in write.files()}:
                     with file.open("rb") as opened:
                         os.fsync(opened.fileno())

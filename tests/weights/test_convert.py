@@ -29,6 +29,7 @@ from llama4_jax.config import RunConfig, to_json
 from llama4_jax.data.config import DataConfig
 from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.presets import preset
 from llama4_jax.weights import checkpoint
 from llama4_jax.weights import convert as convert_module
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves
@@ -605,6 +606,18 @@ def test_convert_and_export_work_from_the_command_line_without_torch(scout_dir, 
     result = run("export", tmp_path / "run", tmp_path / "meta", "--format", "meta", env=environment)
     assert result.returncode == 2
     assert "rope_scaling must have a low_freq_factor of 1 and an original_context of 8192" in result.stderr
+
+
+def test_a_config_that_differs_from_the_preset_of_its_sizes_is_said_while_it_is_converted(tmp_path):
+    config = dataclasses.replace(preset("tiny"), router_bias=False, rope_theta=1e4)
+    directory, said = tmp_path / "hf", []
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(llama4_jax.weights.hf_config.to_hf_config(config)))
+    shapes = {n: row.file_shape(row.hf[0]) for row in llama4_jax.weights.table.rows(config) for n in row.hf[0].names}
+    create_safetensors(directory / "model.safetensors", {n: (np.dtype(np.float32), s) for n, s in shapes.items()})
+    convert(directory, tmp_path / "run", say=said.append)
+    assert said[0] == "the config differs from the preset 'tiny', and wins (config != preset):"
+    assert "  rope_theta: 10000.0 != 500000.0" in said and "  router_bias: False != True" in said
 
 
 def test_metas_files_without_torch_say_what_to_install(tmp_path):
