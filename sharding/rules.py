@@ -21,6 +21,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),  # the experts as outputs of the router: too few columns to be worth splitting
+    "patch": (),  # patches of a tile, or the pixels of one
     "norm": (),
 }
 
@@ -35,6 +36,9 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "cache": (),  # positions of a key/value cache
+    "patch": (),
+    "tiles": (),  # of the pictures of a row
+    "pixels": (),
 }
 
 

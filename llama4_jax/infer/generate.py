@@ -6,6 +6,8 @@ Two compiled functions do all the work, pure in the model's state and with the c
 - `_decode` runs up to `_TOKENS_PER_CALL` tokens in one loop on the device, since starting a computation costs as much
   as a small model's step
 
+Pictures are encoded before them, some tiles at a time (`_encode`).
+
 Shapes are rounded up to a few sizes, so that calls with other prompts, lengths, seeds or temperatures compile nothing.
 Rows of unequal length are padded on the right; padding is written to no cache and routed to no expert, so each row
 gets what it would get alone.
@@ -19,24 +21,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llama4_jax.infer.sampling import Sampling, make_sampling, row_keys, sample
 from llama4_jax.model.cache import Cache
-from llama4_jax.model.config import ModelConfig
-from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.config import ModelConfig, VisionConfig
+from llama4_jax.model.llama4 import Images, Llama4
 from sharding import constrain
 
 _PIECE = 512  # tokens of each prompt read at once: bounds the memory of a long prompt
+_TILES = 8  # encoded at once: as many tokens of the encoder as a piece of a prompt has, and more
 _TOKENS_PER_CALL = 32
 _SECONDS_BETWEEN_REPORTS = 0.1  # to `on_tokens`, about
 _NOTHING = -1  # in place of a token, in a row that has stopped
+
+Tiles = UInt8[np.ndarray, "tiles S S c"] | Float[np.ndarray, "tiles S S c"]
 
 
 def generate(
     model: Llama4,
     prompts: Sequence[Sequence[int]],
     *,
+    images: Sequence[Tiles | None] | None = None,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -48,6 +54,7 @@ def generate(
     """The new tokens of each prompt, without the prompt. A row ends with the stop id that ended it, if one did.
 
     - prompts: token ids; rows may differ in length
+    - images: of each prompt the tiles of its pictures, for its `<|patch|>` tokens in order; None where it has none
     - max_new_tokens: of each row, at most
     - temperature: 0 takes the most likely token; otherwise tokens are drawn, the more freely the higher
     - top_k, top_p: draw only among the top_k most likely tokens; among the fewest whose probabilities sum to top_p
@@ -59,17 +66,20 @@ def generate(
     for each call, which copies it: `model.unscanned()` once is better for many.
 
     Raises ValueError, before anything is computed, for an empty prompt, a token id outside the vocabulary, a prompt
-    that leaves no room for max_new_tokens in the context, and sampling arguments out of range.
+    that leaves no room for max_new_tokens in the context, sampling arguments out of range, and pictures that do not
+    fit the prompts.
     """
     how = make_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     stop_ids = sorted(set(stop_ids))
     longest = _check(model.config, prompts, max_new_tokens, stop_ids, seed)
+    images = _check_images(model.config.vision, prompts, [None] * len(prompts) if images is None else images)
     if not prompts:
         return []
 
     graphdef, state = nnx.split(model.unscanned())
     slots = min(_rounded(longest + max_new_tokens, 64), model.config.context_length)
-    cache, token = _read_prompts(graphdef, state, prompts, slots, how, seed)
+    features = _encode_all(graphdef, state, images)
+    cache, token = _read_prompts(graphdef, state, prompts, features, slots, how, seed)
     stops = np.array(stop_ids, np.int32)
 
     results: list[list[int]] = [[] for _ in prompts]
@@ -127,23 +137,79 @@ def _check(
     return max((len(prompt) for prompt in prompts), default=0)
 
 
+def _check_images(
+    vision: VisionConfig | None, prompts: Sequence[Sequence[int]], images: Sequence[Tiles | None]
+) -> list[Tiles]:
+    """The tiles of each prompt. Raises ValueError unless they are exactly those that its `<|patch|>` tokens need."""
+    if len(images) != len(prompts):
+        raise ValueError(f"images has {len(images)} entries for {len(prompts)} prompts: give one for each, or None.")
+    if vision is None:
+        if any(tiles is not None and len(tiles) for tiles in images):
+            raise ValueError("images were given, but this model has no vision encoder: it reads text alone.")
+        return []
+    size = (vision.image_size, vision.image_size, vision.num_channels)
+    checked = [np.zeros((0, *size), np.uint8) if tiles is None else np.asarray(tiles) for tiles in images]
+    for row, (prompt, tiles) in enumerate(zip(prompts, checked, strict=True)):
+        if tiles.shape[1:] != size:
+            raise ValueError(f"images[{row}] must be tiles of {list(size)}, got {list(tiles.shape[1:])}.")
+        places, given = sum(token == vision.patch_token_id for token in prompt), len(tiles) * vision.tokens_per_tile
+        if places != given:
+            raise ValueError(
+                f"prompts[{row}] has {places} <|patch|> tokens, but the {len(tiles)} tiles of images[{row}] have "
+                f"features for {given}: give each picture's tiles, and its tokens, once (llama4_jax.Processor does)."
+            )
+    return checked
+
+
+def _encode_all(graphdef, state, images: list[Tiles]) -> Float[Array, "patches D"] | None:
+    """The features of all rows' tiles, one row after another; None if there are none."""
+    tiles = np.concatenate(images) if images else ()
+    if not len(tiles):
+        return None
+    features = []
+    for start in range(0, len(tiles), _TILES):
+        piece = tiles[start : start + _TILES]
+        padding = np.zeros((_rounded(len(piece), 1) - len(piece), *piece.shape[1:]), piece.dtype)
+        encoded = _encode(graphdef, state, np.concatenate([piece, padding])[None])[0]
+        features.append(encoded[: len(piece) * (len(encoded) // (len(piece) + len(padding)))])
+    return jnp.concatenate(features)
+
+
 def _read_prompts(
-    graphdef, state, prompts: Sequence[Sequence[int]], slots: int, how: Sampling, seed: int
+    graphdef,
+    state,
+    prompts: Sequence[Sequence[int]],
+    features: Float[Array, "patches D"] | None,
+    slots: int,
+    how: Sampling,
+    seed: int,
 ) -> tuple[Cache, Int[np.ndarray, " B"]]:
     """The cache that holds all prompts, and the first new token of each row."""
     rows = len(prompts)
     cache = _empty_cache(graphdef, state, rows, slots)
     token = np.zeros((rows,), np.int32)
+    numbers = _feature_numbers(graphdef, state, prompts) if features is not None else prompts
     longest = max(len(prompt) for prompt in prompts)
     for start in range(0, longest, _PIECE):
         piece = np.zeros((rows, _rounded(min(longest - start, _PIECE), 16)), np.int32)
+        index = np.zeros_like(piece)
         counts = np.zeros((rows,), np.int32)
         for row, prompt in enumerate(prompts):
             tokens = prompt[start : start + _PIECE]
             piece[row, : len(tokens)], counts[row] = tokens, len(tokens)
-        cache, first = _prefill(graphdef, state, cache, piece, counts, how, seed)
+            index[row, : len(tokens)] = numbers[row][start : start + _PIECE]
+        in_place = None if features is None else features[index]
+        cache, first = _prefill(graphdef, state, cache, piece, counts, in_place, how, seed)
         token = np.where(counts > 0, first, token)  # the prompts that end here, and those that go on
     return cache, token
+
+
+def _feature_numbers(graphdef, state, prompts: Sequence[Sequence[int]]) -> list[Int[np.ndarray, " T"]]:
+    """For each token of each prompt which of all features is its own, if it is a `<|patch|>`; else any number."""
+    patch_id = nnx.merge(graphdef, state).config.vision.patch_token_id
+    is_patch = np.concatenate([np.asarray(prompt) == patch_id for prompt in prompts])
+    numbers = np.maximum(np.cumsum(is_patch) - 1, 0)
+    return np.split(numbers, np.cumsum([len(prompt) for prompt in prompts])[:-1])
 
 
 def _rounded(length: int, least: int) -> int:
@@ -156,6 +222,11 @@ def _empty_cache(graphdef, state, rows: int, slots: int) -> Cache:
     return nnx.merge(graphdef, state).empty_cache(rows, slots)
 
 
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _encode(graphdef, state, tiles: Images) -> Float[Array, "1 patches D"]:
+    return nnx.merge(graphdef, state).encode_images(tiles)
+
+
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def _prefill(
     graphdef,
@@ -163,12 +234,13 @@ def _prefill(
     cache: Cache,
     piece: Int[Array, "B T"],
     counts: Int[Array, " B"],
+    features: Float[Array, "B T D"] | None,
     how: Sampling,
     seed: Int[Array, ""],
 ) -> tuple[Cache, Int[Array, " B"]]:
     """Reads the first counts[b] tokens of each row of `piece`, and draws what follows the last of them."""
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.step(piece, cache, counts)
+    hidden, cache = model.step(piece, cache, counts, features)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0]
     return cache, constrain(sample(logits, how, row_keys(seed, len(counts)), 0), None)

@@ -53,6 +53,7 @@ class VisionConfig:
     output_dim: int = 4096  # of the adapter; the projector takes it to the text model's embed_dim
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    patch_token_id: int = 200_092  # of `<|patch|>`: the features take the places of these tokens
 
     def __post_init__(self):
         sizes = ("embed_dim", "num_layers", "num_heads", "mlp_dim", "image_size", "patch_size", "num_channels",
@@ -66,8 +67,21 @@ class VisionConfig:
                     f"model.vision.{of} ({getattr(self, of)}) must be a multiple of model.vision.{name} "
                     f"({getattr(self, name)})."
                 )
-        if not 0 < self.pixel_shuffle_ratio <= 1:
-            raise ValueError(f"model.vision.pixel_shuffle_ratio must be in (0, 1], got {self.pixel_shuffle_ratio}.")
+        if self.head_dim % 4:
+            raise ValueError(
+                f"model.vision.embed_dim / num_heads must be a multiple of 4 for RoPE's pairs in two dimensions, got "
+                f"{self.head_dim}."
+            )
+        side = self.image_size // self.patch_size
+        if self.pixel_shuffle_ratio <= 0 or self.shuffle * self.pixel_shuffle_ratio != 1 or side % self.shuffle:
+            raise ValueError(
+                f"model.vision.pixel_shuffle_ratio must be 1, 1/2, 1/3 … and divide the {side} patches of a tile's "
+                f"side, got {self.pixel_shuffle_ratio}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
 
     @property
     def num_patches(self) -> int:
@@ -75,9 +89,19 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def shuffle(self) -> int:
+        """The pixel shuffle joins squares of so many patches a side."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+    @property
     def shuffled_dim(self) -> int:
         """Width after the pixel shuffle."""
-        return round(self.embed_dim / self.pixel_shuffle_ratio**2)
+        return self.embed_dim * self.shuffle**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Features of one tile, and `<|patch|>` tokens that they take the places of."""
+        return self.num_patches // self.shuffle**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +154,7 @@ class ModelConfig:
     context_length: int = 8192  # the longest sequence that the model is meant for
     init_std: float = 0.02
 
-    vision: VisionConfig | None = None  # read, converted and written; the model computes text only, as yet
+    vision: VisionConfig | None = None  # None: the model reads text alone
 
     def __post_init__(self):
         sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",

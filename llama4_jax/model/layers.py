@@ -1,4 +1,4 @@
-"""The three small layers everything else is made of. Every parameter names its axes (see `sharding.rules`)."""
+"""The small layers everything else is made of. Every parameter names its axes (see `sharding.rules`)."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], 
 
 
 class Linear(nnx.Module):
-    """x [..., in dims] · kernel [in dims, out dims] → [..., out dims], without bias.
+    """x [..., in dims] · kernel [in dims, out dims] (+ bias [out dims]) → [..., out dims].
 
     The kernel keeps its dimensions apart (heads and head_dim, gate and up), so that each can be split by name.
     """
@@ -31,16 +31,20 @@ class Linear(nnx.Module):
         std: float,
         dtype,
         matmul: str = "default",
+        bias: bool = False,
         rngs: nnx.Rngs,
     ):
         shape = (*in_dims.values(), *out_dims.values())
         self.kernel = normal_param(rngs, shape, (*in_dims, *out_dims), std, dtype)
+        zeros = jnp.zeros(tuple(out_dims.values()), dtype)
+        self.bias = nnx.Param(zeros, axes=tuple(out_dims), eager_sharding=False) if bias else None
         self.num_contract = len(in_dims)
         self.matmul = matmul
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.kernel[...].astype(x.dtype)
-        return contract(x, kernel, num_contract=self.num_contract, dot_general=make_dot_general(self.matmul))
+        y = contract(x, kernel, num_contract=self.num_contract, dot_general=make_dot_general(self.matmul))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -77,6 +81,20 @@ def _rms_backward(eps, saved, g):
 
 
 rms_normalize.defvjp(_rms_forward, _rms_backward)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / standard deviation · scale + bias, all in float32; the vision encoder's norm."""
+
+    def __init__(self, dim: int, *, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((dim,), dtype), axes=("norm",), eager_sharding=False)
+        self.bias = nnx.Param(jnp.zeros((dim,), dtype), axes=("norm",), eager_sharding=False)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        normal = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.eps)
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (normal * scale + bias).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

@@ -1,7 +1,8 @@
-"""START HERE. Llama 4's text model: embedding → decoder layers → norm → output head.
+"""START HERE. Llama 4: embedding → decoder layers → norm → output head; and pictures, put in after the embedding.
 
     model = Llama4(config, seed=0)
     logits = model(tokens)                      # int32 [B, T] → float32 [B, T, V]
+    logits = model(tokens, images=tiles)        # uint8 [B, tiles, S, S, 3]: early fusion
 
 What distinguishes it from other decoders, each in its own file:
 - three layers in four attend within chunks of 8192 positions and use RoPE; every fourth attends to everything and has
@@ -9,15 +10,16 @@ What distinguishes it from other decoders, each in its own file:
 - on those, queries are scaled up as the past grows                     → `query_scale`
 - a sigmoid router scales the input of the one expert it chooses, and a shared expert always helps  → `moe`
 - chunked layers cache one chunk, however long the context              → `cache`
+- pictures are tokens: features of their patches take the places of `<|patch|>` tokens      → `vision`
 
-Reference: `Llama4ForCausalLM` of transformers 5.23, `Transformer` of llama-models 0.3.0; the tests hold this model to
-both, in prefill, decode and gradients.
+Reference: `Llama4ForConditionalGeneration` of transformers 5.23, `Transformer` of llama-models 0.3.0; the tests hold
+this model to both, in prefill, decode and gradients.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from llama4_jax.model.attention import Place
 from llama4_jax.model.cache import Cache, empty_cache
@@ -26,11 +28,15 @@ from llama4_jax.model.decoder import Decoder
 from llama4_jax.model.layers import Embedding, Linear, RMSNorm
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.rope import frequencies, rotation
+from llama4_jax.model.vision import VisionEncoder, normalized
 from sharding import constrain
+
+# Pixels (uint8), or numbers from -1 to 1; the tiles of each row's pictures in order, and then perhaps padding.
+Images = UInt8[Array, "B tiles S S c"] | Float[Array, "B tiles S S c"]
 
 
 class Llama4(nnx.Module):
-    """The text model.
+    """The model. With `config.vision` it has a vision encoder, and a projector of its features to `embed_dim`.
 
     `scan_layers` and `remat` choose how it is compiled, not what it computes. The numbers of a seed depend on
     neither, nor on the precision.
@@ -46,7 +52,8 @@ class Llama4(nnx.Module):
         seed: int | Array = 0,
     ):
         precision = precision or Precision()
-        embed_key, decoder_key, head_key = jax.random.split(jax.random.key(seed) if isinstance(seed, int) else seed, 3)
+        key = jax.random.key(seed) if isinstance(seed, int) else seed
+        embed_key, decoder_key, head_key = jax.random.split(key, 3)
         make = {"std": config.init_std, "dtype": precision.params}
         self.embed = Embedding(config.vocab_size, config.embed_dim, **make, rngs=nnx.Rngs(params=embed_key))
         self.decoder = Decoder(config, precision, scan_layers=scan_layers, remat=remat, key=decoder_key)
@@ -54,6 +61,14 @@ class Llama4(nnx.Module):
         self.lm_head = Linear(
             {"embed": config.embed_dim}, {"vocab": config.vocab_size}, **make, rngs=nnx.Rngs(params=head_key)
         )
+        if config.vision is not None:
+            # A key of its own, so that the numbers of the text model do not depend on whether there is an encoder.
+            vision_key, projector_key = jax.random.split(jax.random.fold_in(key, 1))
+            how = {"init_std": config.init_std, "scan_layers": scan_layers, "remat": remat}
+            self.vision = VisionEncoder(config.vision, precision, **how, key=vision_key)
+            features, embed = {"mlp": config.vision.output_dim}, {"embed": config.embed_dim}
+            rngs = nnx.Rngs(params=projector_key)
+            self.projector = Linear(features, embed, **make, matmul=precision.matmul, rngs=rngs)
         self.config = config
         self.precision = precision
 
@@ -61,29 +76,35 @@ class Llama4(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         *,
+        images: Images | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, in `precision.logits`.
 
+        - images: tiles of the pictures of each row, whose features take the places of its `<|patch|>` tokens in order
         - positions: of each token in its own document; 0, 1, 2 … if not given
         - segment_ids: document of each token, 0 for padding; one document a row if not given. Tokens see only their
           own document.
+
+        Raises ValueError for images of another size than the encoder's, or given to a model without one, and for more
+        `<|patch|>` tokens than the tiles have features (not under `jit`, where the logits are then NaN).
         """
-        hidden, _ = self.hidden(tokens, positions=positions, segment_ids=segment_ids)
+        hidden, _ = self.hidden(tokens, images=images, positions=positions, segment_ids=segment_ids)
         return self.logits(hidden)
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
         *,
+        images: Images | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """The hidden states that the output head reads, and the router statistics of each expert layer."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x = self._embed(tokens)
+        x = self._embed(tokens, None if images is None else self._in_place(tokens, self.encode_images(images)))
         valid = None if segment_ids is None else segment_ids > 0
         x, stats = self.decoder(x, self._place(positions, segment_ids), valid)
         return self.final_norm(x), stats
@@ -92,10 +113,32 @@ class Llama4(nnx.Module):
         out = self.lm_head(hidden).astype(self.precision.logits)
         return constrain(out, "batch", "seq", "vocab")
 
+    def encode_images(self, images: Images) -> Float[Array, "B patches D"]:
+        """The features of the tiles' patches, as wide as the text model: `config.vision.tokens_per_tile` a tile.
+
+        Raises ValueError as calling the model does.
+        """
+        vision = self.config.vision
+        if vision is None:
+            raise ValueError("images were given, but this model has no vision encoder: it reads text alone.")
+        size = (vision.image_size, vision.image_size, vision.num_channels)
+        if images.shape[2:] != size:
+            raise ValueError(f"images must be tiles of {list(size)}, got {list(images.shape[2:])}.")
+        rows, tiles = images.shape[:2]
+        flat = constrain(images.reshape(rows * tiles, *size), "batch", "pixels", "pixels", None)
+        features = self.projector(self.vision(normalized(flat)))
+        return constrain(features.reshape(rows, -1, features.shape[-1]), "batch", "patch", "embed")
+
     def step(
-        self, tokens: Int[Array, "B T"], cache: Cache, counts: Int[Array, " B"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        counts: Int[Array, " B"] | None = None,
+        features: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Continues the rows of `cache` by their first counts[b] tokens (all if not given); the rest is padding.
+
+        - features: what stands at the places of `<|patch|>` tokens, from `encode_images`
 
         Serves prefill (T tokens, empty cache), decode (T = 1) and further turns alike. Returns the hidden states of
         the new tokens and the cache extended by them.
@@ -103,7 +146,7 @@ class Llama4(nnx.Module):
         if counts is None:
             counts = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        x, cache = self.decoder.step(self._embed(tokens), self._place(positions, None), cache, counts)
+        x, cache = self.decoder.step(self._embed(tokens, features), self._place(positions, None), cache, counts)
         return self.final_norm(x), cache
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
@@ -118,8 +161,23 @@ class Llama4(nnx.Module):
         copy.decoder = self.decoder.unscanned()
         return copy
 
-    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return constrain(self.embed(tokens, self.precision.compute), "batch", "seq", "embed")
+    def _embed(self, tokens: Int[Array, "B T"], features: Float[Array, "B T D"] | None = None) -> Float[Array, "B T D"]:
+        x = self.embed(tokens, self.precision.compute)
+        if features is not None:
+            is_patch = tokens == self.config.vision.patch_token_id
+            x = jnp.where(is_patch[..., None], features.astype(x.dtype), x)
+        return constrain(x, "batch", "seq", "embed")
+
+    def _in_place(self, tokens: Int[Array, "B T"], features: Float[Array, "B patches D"]) -> Float[Array, "B T D"]:
+        """Each row's features at the places of its `<|patch|>` tokens, in order; the rest is of no account."""
+        index = jnp.cumsum(tokens == self.config.vision.patch_token_id, axis=1) - 1
+        if not isinstance(index, jax.core.Tracer) and index.size and (most := int(index.max()) + 1) > features.shape[1]:
+            raise ValueError(
+                f"a row of tokens has {most} <|patch|> tokens, but the images have features for {features.shape[1]}: "
+                f"give the tiles of all its pictures."
+            )
+        # A token without a feature gets NaN, so that the loss says it where nothing can be raised.
+        return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=jnp.nan))(features, index)
 
     def _place(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Place:
         config = self.config

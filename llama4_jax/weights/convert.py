@@ -135,7 +135,10 @@ def _target(weights: Weights, name: str, dtype: str | None) -> np.dtype:
 
 def _stored_name(name: str) -> str:
     """Of one of our tensors in a checkpoint: as of a model whose layers are one by one."""
-    return "params." + (f"decoder.rest.{name.removeprefix('layers.')}" if name.startswith("layers.") else name)
+    for ours, stored in (("layers.", "decoder.rest."), ("vision.layers.", "vision.rest.")):
+        if name.startswith(ours):
+            return f"params.{stored}{name.removeprefix(ours)}"
+    return f"params.{name}"
 
 
 def _bring_back(made: Path, arrays: Path) -> None:

@@ -192,6 +192,7 @@ def vision_config(config_json: dict) -> VisionConfig | None:
         output_dim=value["projector_output_dim"],
         rope_theta=float((vision.get("rope_parameters") or vision).get("rope_theta") or 10_000.0),
         norm_eps=float(value["norm_eps"]),
+        patch_token_id=config_json.get("image_token_index", 200_092),
     )
     if config.shuffled_dim != config.mlp_dim:
         # transformers gives the adapter's first layer intermediate_size inputs
@@ -320,6 +321,7 @@ def to_hf_config(config: ModelConfig) -> dict:
             "vision_feature_select_strategy": "default",
             "rope_parameters": {"rope_type": "default", "rope_theta": vision.rope_theta},
         },
+        "image_token_index": vision.patch_token_id,
         "tie_word_embeddings": False,
     }
 

@@ -44,13 +44,11 @@ def from_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: str = "bf
     weights = open_weights(path)
     for line in preset_differences(weights.config):
         print(line, file=sys.stderr)
-    if weights.config.vision is not None:
-        print(f"{path} has a vision encoder, which is not computed yet: this is its text model.", file=sys.stderr)
     return load(weights, precision=precision, mesh=mesh)
 
 
 def load(weights: Weights, *, precision: Precision, mesh: Mesh | None) -> Llama4:
-    """The text model of these weights. Raises ValueError for a tensor that is missing, unknown or of another shape, and
+    """The model of these weights. Raises ValueError for a tensor that is missing, unknown or of another shape, and
     for a mesh that does not divide one, before anything is read."""
     return _fill(_empty_model(weights, precision, mesh), weights)
 
@@ -64,7 +62,7 @@ class _EmptyModel(NamedTuple):
 def _empty_model(weights: Weights, precision: Precision, mesh: Mesh | None) -> _EmptyModel:
     model = nnx.eval_shape(lambda: Llama4(weights.config, precision=precision, scan_layers=False))
     variables = named_variables(model)
-    names = {name for name in weights.names if not name.startswith(("vision.", "projector."))}
+    names = set(weights.names)
     problems = [f"the model's {name} got no tensor" for name in variables if name not in names]
     problems += [f"the model has no place for {name}" for name in sorted(names - variables.keys())]
     for name in sorted(names & variables.keys()):
@@ -110,7 +108,7 @@ def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
     """The variables of a model whose layers are one by one, by the names of `weights.table`: attributes joined by
     dots, with `layers.3.` for the fourth layer."""
     return {
-        ".".join(map(str, path)).replace("decoder.rest.", "layers."): variable
+        ".".join(map(str, path)).replace("decoder.rest.", "layers.").replace("vision.rest.", "vision.layers."): variable
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
 

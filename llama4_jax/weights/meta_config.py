@@ -215,6 +215,8 @@ def to_params(config: ModelConfig) -> dict:
     vision = config.vision
     if vision is not None and vision.adapter_dim != vision.output_dim:
         problems.append("vision.adapter_dim must equal vision.output_dim")
+    if vision is not None and vision.patch_token_id != 200_092:
+        problems.append(f"vision.patch_token_id must be that of its tokenizer, 200092, got {vision.patch_token_id}")
     if problems:
         raise ValueError(f"Meta's Llama 4 cannot be this model: {'; '.join(problems)}.")
     moe_interval = found["moe_interval"]

@@ -156,14 +156,20 @@ def locate(stored: Mapping[str, Shape], config: ModelConfig) -> dict[str, tuple[
     """Where each of our tensors is among the arrays of a checkpoint, given their shapes: in which, and at which step of
     its first axis if that stacks the repetitions of a layer."""
     found: dict[str, tuple[str, int | None]] = {}
-    repeats = next((shape[0] for name, shape in stored.items() if ".decoder.group." in name), 0)
+    # Of each stack of layers: what our names of its layers begin with, and the length of the group that repeats.
+    stacks = {"decoder": (["layers"], config.period), "vision": (["vision", "layers"], 1)}
+    repeats = {
+        stack: next((shape[0] for name, shape in stored.items() if f".{stack}.group." in name), 0) for stack in stacks
+    }
     for name in stored:
         match name.split(".")[1:]:  # after params or bias
-            case ["decoder", "group", place, *rest]:
-                for step in range(repeats):
-                    found[".".join(["layers", str(step * config.period + int(place)), *rest])] = (name, step)
-            case ["decoder", "rest", index, *rest]:
-                found[".".join(["layers", str(repeats * config.period + int(index)), *rest])] = (name, None)
+            case [stack, "group", place, *rest]:
+                ours, period = stacks[stack]
+                for step in range(repeats[stack]):
+                    found[".".join([*ours, str(step * period + int(place)), *rest])] = (name, step)
+            case [stack, "rest", index, *rest]:
+                ours, period = stacks[stack]
+                found[".".join([*ours, str(repeats[stack] * period + int(index)), *rest])] = (name, None)
             case rest:
                 found[".".join(rest)] = (name, None)
     return found

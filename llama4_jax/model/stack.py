@@ -1,0 +1,103 @@
+"""Layers one after another, those of a repeating group stacked for `scan`.
+
+`scan` compiles the group once and runs it as often as it occurs, with the group's parameters stacked; layers that are
+left over at the end follow one by one. The numbers of a seed do not depend on the layout.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+# `remat`: what the backward pass may keep of each layer, beside the layer's input. "none" keeps all it needs.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of products with parameters
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stack(nnx.Module):
+    """Layers. Attributes:
+
+    - group: one module a layer of the repeating group, each parameter stacked over the repetitions; empty if nothing
+      is scanned
+    - rest: the layers after the repetitions; all of them if nothing is scanned
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, Array], nnx.Module],
+        *,
+        num_layers: int,
+        period: int,
+        scan_layers: bool,
+        remat: str,
+        key: Array,
+    ):
+        """`make(i, key)` is layer i; it may depend on i through i % period alone."""
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {remat!r}.")
+        repeats = num_layers // period if scan_layers else 0
+        if repeats < 2:  # nothing repeats: stacking one group would only hide its layers
+            repeats = 0
+        keys = jax.random.split(key, num_layers)
+        scanned = repeats * period
+        self.group = nnx.List(
+            [
+                _stack_axes(jax.vmap(lambda k, i=i: make(i, k))(keys[i:scanned:period]))
+                for i in range(period if repeats else 0)
+            ]
+        )
+        self.rest = nnx.List([make(i, keys[i]) for i in range(scanned, num_layers)])
+        self.repeats = repeats
+        self.remat = remat
+
+    def run(self, each: Callable[[Any, Array], tuple[Array, Any]], x: Array) -> tuple[Array, list[Any]]:
+        """each(layer, x) → (x, out), layer by layer; returns the last x and, in order, each out that is not None."""
+        if self.remat != "none":
+            each = jax.checkpoint(each, policy=REMAT_POLICIES[self.remat])
+
+        def run(layers, x):
+            collected = []
+            for layer in layers:
+                x, out = each(layer, x)
+                collected += [] if out is None else [out]
+            return x, collected
+
+        collected = []
+        if self.repeats:
+            x, scanned = jax.lax.scan(lambda x, group: run(group, x), x, self.group)
+            by_repeat = [jax.tree.map(lambda leaf, r=r: leaf[r], scanned) for r in range(self.repeats)]
+            collected = [out for repeat in by_repeat for out in repeat]
+        x, rest = run(self.rest, x)
+        return x, collected + rest
+
+    def layers(self) -> list:
+        """The layers one by one, in order; those of the scanned group as slices of their stacks."""
+        repeats = [jax.tree.map(lambda leaf, r=r: leaf[r], self.group) for r in range(self.repeats)]
+        return [*(_unstack_axes(layer) for group in repeats for layer in group), *self.rest]
+
+    def unscanned(self):
+        """The same layers with nothing stacked: what decoding wants, since a slice of a stack is a copy."""
+        graphdef, state = nnx.split(self)
+        copy = nnx.merge(graphdef, state)
+        copy.rest, copy.group, copy.repeats = nnx.List(self.layers()), nnx.List([]), 0
+        return copy
+
+
+def _map_axes(module: nnx.Module, change) -> nnx.Module:
+    for _, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Variable):
+            variable.set_metadata(axes=change(variable.axes))
+    return module
+
+
+def _stack_axes(module: nnx.Module) -> nnx.Module:
+    return _map_axes(module, lambda axes: ("layers", *axes))
+
+
+def _unstack_axes(module: nnx.Module) -> nnx.Module:
+    return _map_axes(module, lambda axes: axes[1:])
