@@ -13,6 +13,7 @@ from typing import Any, Literal
 from llama4_jax.data.config import DataConfig
 from llama4_jax.model.config import ModelConfig, Precision
 from llama4_jax.train.balance import BalanceConfig
+from llama4_jax.train.freeze import FreezeConfig
 from llama4_jax.train.optimizer import OptimizerConfig
 from sharding import MeshConfig
 
@@ -26,9 +27,11 @@ class RunConfig:
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    freeze: tuple[FreezeConfig, ...] = ()  # parameters that do not learn, always or at first
     precision: Precision = field(default_factory=Precision)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
+    init_from: str | None = None  # directory of weights to begin with; a vision encoder that it lacks begins anew
     steps: int  # optimizer updates
     grad_accumulation: int = 1  # micro-batches a step: as one large batch, in the memory of a small one
     seed: int = 0  # of the initial parameters
@@ -65,6 +68,11 @@ class RunConfig:
             raise ValueError(
                 f"data.batch_size ({self.data.batch_size}) must be a multiple of grad_accumulation "
                 f"({self.grad_accumulation})."
+            )
+        if self.data.tiles_per_row and self.model.vision is None:
+            raise ValueError(
+                f"data.tiles_per_row is {self.data.tiles_per_row}, but the model reads text alone: set model.vision, "
+                f"or data.tiles_per_row to 0."
             )
         if self.balance.bias_rate and not self.model.router_bias:
             raise ValueError(

@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from llama4_jax.data.sources import parse_source
+
+LossOn = Literal["all", "replies"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,12 +16,16 @@ class DataConfig:
     Raises ValueError, naming the field, for values that cannot be.
     """
 
-    # stdlib | text:PATH | jsonl:PATH[#FIELD] | parquet:PATH[#COLUMN] | files:PATH
+    # stdlib | docstrings | text:PATH | files:PATH | jsonl:PATH[#FIELD] | parquet:PATH[#COLUMN]
+    # with pictures: chat:PATH[#FIELD] | pictures:PATH[#FIELD] | digits | digit-pairs
     sources: tuple[str, ...] = ("stdlib",)
     weights: tuple[float, ...] = ()  # how often to draw a document from each source; (): as often as it has documents
     tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.model, or of a directory that holds one
     seq_len: int  # tokens in a row
     batch_size: int  # rows in a batch, of all processes together
+    tiles_per_row: int = 0  # room for the tiles of pictures in each row; 0: no pictures
+    max_tiles: int = 16  # that a picture is cut into; a smaller, global one comes on top
+    loss_on: LossOn = "all"  # what is learnt of a conversation: all of it, or what the assistant says
     heldout_fraction: float = 0.05  # share of the documents that is never trained on, the same ones everywhere
     shuffle_seed: int = 0  # the order of the documents, a new one each epoch
     open_documents: int = 16  # that each row reads in turn: the pieces of a long one are as many batches apart
@@ -40,6 +47,8 @@ class DataConfig:
         for name, least in {
             "seq_len": 1,
             "batch_size": 1,
+            "tiles_per_row": 0,
+            "max_tiles": 1,
             "shuffle_seed": 0,
             "open_documents": 1,
             "prefetch": 0,

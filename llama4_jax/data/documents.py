@@ -1,4 +1,4 @@
-"""A data set: texts by number, and which of them are held out.
+"""A data set: documents by number, and which of them are held out.
 
 Held out is decided document by document, by a hash of its name or text and nothing else. So the split is the same on
 every machine and in every process, does not move when documents are added or the order is changed, and a larger
@@ -11,15 +11,36 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from llama4_jax.inputs.messages import Message, Picture, Tool
+
+
+class Conversation(NamedTuple):
+    """Messages, as a chat model sees them. `where` it is from, for errors."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
+    where: str
+
+
+class Illustrated(NamedTuple):
+    """Text with pictures in it, in order. `where` it is from, for errors."""
+
+    content: tuple[str | Picture, ...]
+    where: str
+
+
+Document = str | Conversation | Illustrated
+
 
 class Documents(abc.ABC):
-    """Texts by number, read when asked for.
+    """Documents by number, read when asked for.
 
-    - hashes: one uniformly distributed number for each document, made of its name or text
+    - hashes: one uniformly distributed number for each document, made of its name or content
     - blocks: numbers of the documents at which blocks begin, and at last the number of documents. Documents of one
       block are quick to read one after another; shuffling keeps them together. A source that reads any document as
       quickly as the next is one block.
@@ -42,7 +63,7 @@ class Documents(abc.ABC):
         return len(self.hashes)
 
     @abc.abstractmethod
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Document: ...
 
 
 class Subset(Documents):
@@ -54,7 +75,7 @@ class Subset(Documents):
         self._documents = documents
         self._indices = indices
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         return self._documents[int(self._indices[index])]
 
 

@@ -1,4 +1,4 @@
-"""JSON Lines: an object a line, and the text in one of its fields."""
+"""JSON Lines: an object a line; `rows` says what is read of it."""
 
 import json
 from array import array
@@ -6,53 +6,54 @@ from pathlib import Path
 
 import numpy as np
 
-from llama4_jax.data.documents import Documents, empty_error, find_files, hash64
+from llama4_jax.data.documents import Document, Documents, empty_error, find_files, hash64
+from llama4_jax.data.rows import RowReader
 from llama4_jax.inputs.tokenizer import utf8
 
 
 class JsonlDocuments(Documents):
-    """One document a line. The split is by text, so that copies of a text are on the same side of it.
+    """One document a line. The split is by text (of other rows by the line), so that copies are on the same side of it.
 
     Opening reads and checks every line, so that a bad one stops the run before it begins. Blank lines and empty texts
-    are left out. Raises ValueError, naming file and line, for one that is no JSON object with a string in the field.
+    are left out. Raises ValueError, naming file and line, for one that is no JSON object with what is to be read.
     """
 
-    def __init__(self, pattern: str, field: str):
+    def __init__(self, spec: str, pattern: str, rows: RowReader):
         self._paths, _ = find_files(pattern, "*.jsonl")
-        self._field = field
+        self._rows = rows
         hashes, files, starts, lengths = array("Q"), array("q"), array("q"), array("q")
         for number, path in enumerate(self._paths):
             start = 0
             with path.open("rb") as file:
                 for line_number, line in enumerate(file, 1):
-                    if line.strip() and (text := _text(line, field, f"{path}, line {line_number}")):
-                        hashes.append(hash64(utf8(text)))
+                    if line.strip() and (document := self._read(line, path, f"line {line_number}")):
+                        hashes.append(hash64(utf8(document) if isinstance(document, str) else line.strip()))
                         files.append(number)
                         starts.append(start)
                         lengths.append(len(line))
                     start += len(line)
         if not hashes:
-            raise empty_error(f"jsonl:{pattern}#{field}")
+            raise empty_error(spec)
         self._files, self._starts, self._lengths = (np.array(a, np.int64) for a in (files, starts, lengths))
         super().__init__(np.array(hashes, np.uint64), sizes=self._lengths)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         path: Path = self._paths[self._files[index]]
         with path.open("rb") as file:
             file.seek(self._starts[index])
             line = file.read(self._lengths[index])
-        return _text(line, self._field, f"{path}, at byte {self._starts[index]}")
+        return self._read(line, path, f"at byte {self._starts[index]}")
 
-
-def _text(line: bytes, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: this is no JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: should be a JSON object with the field {field!r}, and is a {type(row).__name__}.")
-    if field not in row:
-        raise ValueError(f"{where}: has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}.")
-    if not isinstance(row[field], str):
-        raise ValueError(f"{where}: the field {field!r} should be a string, and is {row[field]!r:.40}.")
-    return row[field]
+    def _read(self, line: bytes, path: Path, place: str) -> Document:
+        where, field = f"{path}, {place}", self._rows.field
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: this is no JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{where}: should be a JSON object with the field {field!r}, and is a {type(row).__name__}."
+            )
+        if field not in row:
+            raise ValueError(f"{where}: has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}.")
+        return self._rows.read(row, where, path.parent)

@@ -23,9 +23,11 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
 from llama4_jax.data.documents import Documents
 from llama4_jax.data.documents import split as split_documents
+from llama4_jax.data.encode import Encoder
 from llama4_jax.data.mixture import heldout_documents, training_streams
 from llama4_jax.data.packing import PackedBatches
 from llama4_jax.data.sources import open_source
+from llama4_jax.inputs.image import ImageConfig
 from llama4_jax.inputs.tokenizer import Tokenizer
 
 Split = Literal["train", "heldout"]
@@ -66,8 +68,8 @@ class Loader(Iterator[Batch]):
         if state["data"] != self._identity:
             raise ValueError(
                 f"the saved place in the data is of other data ({state['data']}) than this ({self._identity}): the "
-                f"files, the tokenizer, and data.sources, weights, seq_len, batch_size, heldout_fraction, "
-                f"shuffle_seed and open_documents must be as they were."
+                f"files, the tokenizer, and data.sources, weights, seq_len, batch_size, tiles_per_row, max_tiles, "
+                f"loss_on, heldout_fraction, shuffle_seed and open_documents must be as they were."
             )
         missing = [name for name in self._streams if name not in state["streams"]]
         if missing:
@@ -118,12 +120,14 @@ def make_loader(
     tokenizer: Tokenizer,
     *,
     split: Split,
+    pictures: ImageConfig | None = None,
     process_index: int = 0,
     process_count: int = 1,
     max_batches: int | None = None,
 ) -> Loader:
     """Open the sources, and make batches of one split of them.
 
+    - pictures: how they are cut into tiles; None for a model that reads text alone
     - process_index, process_count: this process gives rows i B / n to (i + 1) B / n of each batch
     - max_batches: end after so many; for held-out only
 
@@ -143,6 +147,7 @@ def make_loader(
     share = config.batch_size // process_count
     own = range(process_index * share, (process_index + 1) * share)
     sources = _open(config, split)
+    encoder = Encoder(tokenizer, pictures, config.loss_on)
     if split == "train":
         total = sum(map(len, sources))
         turns = min(config.open_documents, total // config.batch_size)
@@ -150,21 +155,24 @@ def make_loader(
         names = [[f"{row}.{turn}" for row in own] for turn in range(turns)]
         documents = {name: streams[turn * config.batch_size + row] for turn in range(turns)
                      for row, name in zip(own, names[turn], strict=True)}  # fmt: skip
-        batches = PackedBatches(documents, names, slice(None), tokenizer, config.seq_len)
+        batches = PackedBatches(
+            documents, names, slice(None), encoder, config.seq_len, tiles_per_row=config.tiles_per_row
+        )
     else:
         batches = PackedBatches(
             {"all": heldout_documents(sources)},
             [["all"] * config.batch_size],
             slice(own.start, own.stop),
-            tokenizer,
+            encoder,
             config.seq_len,
-            max_batches,
+            tiles_per_row=config.tiles_per_row,
+            max_batches=max_batches,
         )
     return Loader(
         batches,
         restarts=split == "heldout",
         prefetch=config.prefetch,
-        identity=_identity(config, tokenizer, split, sources),
+        identity=_identity(config, encoder, split, sources),
     )
 
 
@@ -196,9 +204,12 @@ def _open(config: DataConfig, split: Split) -> Sequence[Documents]:
     return train
 
 
-def _identity(config: DataConfig, tokenizer: Tokenizer, split: Split, sources: Sequence[Documents]) -> str:
+def _identity(config: DataConfig, encoder: Encoder, split: Split, sources: Sequence[Documents]) -> str:
     """Equal if and only if the batches are, of all processes together."""
-    what = (split, config.seq_len, config.batch_size, tokenizer.fingerprint, [source.identity for source in sources])
+    what = (
+        *(split, config.seq_len, config.batch_size, config.tiles_per_row, encoder.fingerprint),
+        [source.identity for source in sources],
+    )
     if split == "train":
         what += (config.weights, config.shuffle_seed, config.open_documents)
     return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from llama4_jax.data.documents import Documents
+from llama4_jax.data.documents import Document, Documents
 from llama4_jax.data.shuffle import Shuffled
 
 _HELDOUT_SEED = -1  # not the run's: whatever a run's seed, the same documents are evaluated
@@ -13,7 +13,7 @@ _HELDOUT_SEED = -1  # not the run's: whatever a run's seed, the same documents a
 
 def training_streams(
     sources: Sequence[Documents], weights: Sequence[float], seed: int, count: int
-) -> list[grain.MapDataset[str]]:
+) -> list[grain.MapDataset[Document]]:
     """So many endless sequences of documents, which together read every document of a source once an epoch.
 
     Stream i reads documents i, i + count, i + 2 count, … of each source's shuffled epochs. It draws from the sources by
@@ -26,7 +26,7 @@ def training_streams(
     ]
 
 
-def heldout_documents(sources: Sequence[Documents]) -> grain.MapDataset[str]:
+def heldout_documents(sources: Sequence[Documents]) -> grain.MapDataset[Document]:
     """Every document of every source once, shuffled, the sources evenly spread: any beginning is a fair sample."""
     shuffled = grain.MapDataset.concatenate(
         [Shuffled(documents, (_HELDOUT_SEED, i)) for i, documents in enumerate(sources)]

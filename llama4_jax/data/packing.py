@@ -1,28 +1,14 @@
 """Documents, one after another, cut into rows of T tokens; batch.py shows a row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32
 
 from llama4_jax.data.batch import Batch, empty_batch
-from llama4_jax.inputs.tokenizer import Tokenizer
-
-
-class Piece(NamedTuple):
-    """A whole document or a part of one, as inputs and targets."""
-
-    tokens: Int32[np.ndarray, "T"]
-    targets: Int32[np.ndarray, "T"]
-    target_bytes: Int32[np.ndarray, "T"]
-
-
-def encode_document(text: str, tokenizer: Tokenizer) -> Piece:
-    """A document of n tokens gives n + 1 inputs, begin_of_text the first, and n + 1 targets, end_of_text the last."""
-    ids = np.array(tokenizer.encode(text, bos=True, eos=True), np.int32)
-    return Piece(ids[:-1], ids[1:], tokenizer.token_bytes(ids[1:]))
+from llama4_jax.data.documents import Document
+from llama4_jax.data.encode import Encoder, Piece
 
 
 class DocumentStream:
@@ -32,9 +18,9 @@ class DocumentStream:
     it is cheap; the document is read and tokenized when the next piece is asked for.
     """
 
-    def __init__(self, documents: grain.MapDataset[str], tokenizer: Tokenizer):
+    def __init__(self, documents: grain.MapDataset[Document], encoder: Encoder):
         self._documents = documents
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self.place = (0, 0)
 
     @property
@@ -46,16 +32,26 @@ class DocumentStream:
         self._document, self._offset = place
         self._encoded: Piece | None = None
 
-    def take(self, limit: int) -> Piece | None:
-        """The rest of the current document, or its next `limit` tokens if it has more; None after the last one."""
+    def take(self, limit: int, *, tiles: int = 0, row: int = 0, row_tiles: int = 0) -> Piece | None:
+        """The rest of the current document, or its next `limit` tokens if it has more; None after the last one.
+
+        A document with pictures is given whole, or None if it does not fit into `limit` tokens and that many `tiles`.
+        Raises ValueError if it does not even fit into `row` tokens and `row_tiles`, an empty row.
+        """
         if self._document == len(self._documents):
             return None
         if self._encoded is None:
-            text = self._documents[self._document]
-            assert text is not None  # which grain gives for what a filter has dropped, and there is none
-            self._encoded = encode_document(text, self._tokenizer)
+            document = self._documents[self._document]
+            assert document is not None  # which grain gives for what a filter has dropped, and there is none
+            self._encoded = self._encoder(document)
+            _check_fits(document, self._encoded, row, row_tiles)
+        if self._encoded.num_tiles:
+            if len(self._encoded.tokens) > limit or self._encoded.num_tiles > tiles:
+                return None
+            piece, self.place = self._encoded, (self._document + 1, 0)
+            return piece
         start, stop = self._offset, self._offset + limit
-        piece = Piece(*(field[start:stop] for field in self._encoded))
+        piece = Piece(*(None if field is None else field[start:stop] for field in self._encoded))
         if stop < len(self._encoded.tokens):
             self._offset = stop
         else:
@@ -63,11 +59,25 @@ class DocumentStream:
         return piece
 
 
+def _check_fits(document: Document, piece: Piece, row: int, row_tiles: int) -> None:
+    if not piece.num_tiles or (len(piece.tokens) <= row and piece.num_tiles <= row_tiles):
+        return
+    raise ValueError(
+        f"{getattr(document, 'where', 'a document')}: with its pictures it has {len(piece.tokens)} tokens and "
+        f"{piece.num_tiles} tiles, and a row has room for {row} and {row_tiles}: raise data.seq_len or "
+        f"data.tiles_per_row, or lower data.max_tiles, so that its pictures are cut into fewer."
+    )
+
+
 def fill_row(batch: Batch, row: int, stream: DocumentStream) -> None:
     """Fill one row of an empty batch from the stream, as far as it reaches."""
     seq_len = batch.tokens.shape[1]
-    start, segment = 0, 0
-    while start < seq_len and (piece := stream.take(seq_len - start)) is not None:
+    row_tiles = 0 if batch.images is None else batch.images.shape[1]
+    start, segment, tiles = 0, 0, 0
+    while start < seq_len:
+        piece = stream.take(seq_len - start, tiles=row_tiles - tiles, row=seq_len, row_tiles=row_tiles)
+        if piece is None:
+            break
         here = (row, slice(start, start + len(piece.tokens)))
         segment += 1
         batch.tokens[here] = piece.tokens
@@ -75,7 +85,10 @@ def fill_row(batch: Batch, row: int, stream: DocumentStream) -> None:
         batch.target_bytes[here] = piece.target_bytes
         batch.positions[here] = np.arange(len(piece.tokens))
         batch.segment_ids[here] = segment
-        batch.weights[here] = 1.0
+        batch.weights[here] = piece.weights
+        if piece.tiles is not None:
+            batch.images[row, tiles : tiles + piece.num_tiles] = piece.tiles
+            tiles += piece.num_tiles
         start += len(piece.tokens)
 
 
@@ -86,6 +99,7 @@ class PackedBatches(grain.IterDataset[Batch]):
     - turns: which stream fills each row, in the first batch, the second, …, and then from the first again. A stream
       that fills several rows of a batch fills them one after another.
     - kept: the rows to give
+    - tiles_per_row: room for tiles of pictures
     - max_batches: end after so many
 
     Ends when a batch would hold nothing. The state is how many batches were given, and the place of each stream.
@@ -93,19 +107,22 @@ class PackedBatches(grain.IterDataset[Batch]):
 
     def __init__(
         self,
-        documents: Mapping[str, grain.MapDataset[str]],
+        documents: Mapping[str, grain.MapDataset[Document]],
         turns: Sequence[Sequence[str]],
         kept: slice,
-        tokenizer: Tokenizer,
+        encoder: Encoder,
         seq_len: int,
+        *,
+        tiles_per_row: int = 0,
         max_batches: int | None = None,
     ):
         super().__init__()
         self.documents = documents
         self.turns = turns
         self.kept = kept
-        self.tokenizer = tokenizer
+        self.encoder = encoder
         self.seq_len = seq_len
+        self.tiles_per_row = tiles_per_row
         self.max_batches = max_batches
 
     def __iter__(self) -> "_PackedIterator":
@@ -118,7 +135,7 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
         self._dataset = dataset
         self._batches = 0
         self._streams = {
-            name: DocumentStream(documents, dataset.tokenizer) for name, documents in dataset.documents.items()
+            name: DocumentStream(documents, dataset.encoder) for name, documents in dataset.documents.items()
         }
 
     def __next__(self) -> Batch:
@@ -126,13 +143,15 @@ class _PackedIterator(grain.DatasetIterator[Batch]):
         if self._batches == dataset.max_batches:
             raise StopIteration
         rows = dataset.turns[self._batches % len(dataset.turns)]
-        batch = empty_batch(len(rows), dataset.seq_len, dataset.tokenizer.pad_id)
+        encoder, tiles = dataset.encoder, dataset.tiles_per_row
+        tile_size = encoder.pictures.tile_size if tiles else 0
+        batch = empty_batch(len(rows), dataset.seq_len, encoder.tokenizer.pad_id, tiles=tiles, tile_size=tile_size)
         for row, name in enumerate(rows):
             fill_row(batch, row, self._streams[name])
         if not batch.segment_ids.any():
             raise StopIteration
         self._batches += 1
-        return Batch(*(field[dataset.kept] for field in batch))
+        return Batch(*(None if field is None else field[dataset.kept] for field in batch))
 
     def get_state(self) -> dict[str, Any]:
         return {

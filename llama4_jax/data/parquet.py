@@ -1,4 +1,4 @@
-"""Parquet: a document a row, in one column, of files that need not fit into memory.
+"""Parquet: a document a row, of files that need not fit into memory; `rows` says what is read of it.
 
 A row can only be read with its whole row group. So a row group is a block of the data set (shuffling goes through
 blocks in random order, and through the rows of a block in random order), and those in use are kept.
@@ -10,21 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama4_jax.data.documents import Documents, empty_error, find_files, hash64
+from llama4_jax.data.documents import Document, Documents, empty_error, find_files, hash64
+from llama4_jax.data.rows import RowReader
 
 _CACHE = 1 << 30  # bytes of row groups to keep. The rows of a batch drift apart, so several are in use at a time.
 
 
 class ParquetDocuments(Documents):
-    """One column of strings. The split is by the file's name and the row's number.
+    """One document a row. The split is by the file's name and the row's number.
 
     Opening reads the files' footers alone. Raises ValueError, naming the file, for one that is no Parquet file, has no
     such column, or has nulls in it: here where the footer counts them, otherwise when one is met.
+
+    - strings: whether the column must hold strings
     """
 
-    def __init__(self, pattern: str, column: str):
+    def __init__(self, spec: str, pattern: str, rows: RowReader, *, strings: bool):
         self._paths, names = find_files(pattern, "*.parquet")
-        self._column = column
+        self._rows = rows
         self._groups: list[tuple[int, int]] = []  # file, row group in it
         hashes, sizes, largest = [], [], 1
         for number, (path, name) in enumerate(zip(self._paths, names, strict=True)):
@@ -33,42 +36,49 @@ class ParquetDocuments(Documents):
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{path} is no Parquet file, or damaged: {error}.") from error
             with file:
-                index = _column_index(file, column, str(path))
+                column = _check_column(file, rows.field, str(path), strings=strings)
                 metadata = file.metadata
                 for group in range(metadata.num_row_groups):
-                    chunk = metadata.row_group(group).column(index)
-                    if chunk.statistics is not None and chunk.statistics.null_count:
-                        raise _null_error(str(path), column)
+                    chunk = metadata.row_group(group).column(column) if column is not None else None
+                    if chunk is not None and chunk.statistics is not None and chunk.statistics.null_count:
+                        raise _null_error(str(path), rows.field)
                     self._groups.append((number, group))
                     sizes.append(metadata.row_group(group).num_rows)
-                    largest = max(largest, chunk.total_uncompressed_size)
+                    size = chunk.total_uncompressed_size if chunk else metadata.row_group(group).total_byte_size
+                    largest = max(largest, size)
                 hashes.append(np.random.PCG64(hash64(name.encode())).random_raw(metadata.num_rows))
         if not sum(sizes):
-            raise empty_error(f"parquet:{pattern}#{column}")
+            raise empty_error(spec)
         self._firsts = np.cumsum([0, *sizes])
         super().__init__(np.concatenate(hashes), sizes=sizes, blocks=np.unique(self._firsts))
         self._read = functools.lru_cache(maxsize=max(2, _CACHE // largest))(self._read_group)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         group = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        text = self._read(group)[index - int(self._firsts[group])].as_py()
-        if text is None:
-            raise _null_error(str(self._paths[self._groups[group][0]]), self._column)
-        return text
+        inside = index - int(self._firsts[group])
+        number, group_in_file = self._groups[group]
+        path, table = self._paths[number], self._read(group)
+        row = {name: table.column(name)[inside].as_py() for name in table.column_names}
+        if row[self._rows.field] is None:
+            raise _null_error(str(path), self._rows.field)
+        return self._rows.read(row, f"{path}, row {inside} of row group {group_in_file}", path.parent)
 
-    def _read_group(self, group: int) -> pa.ChunkedArray:
+    def _read_group(self, group: int) -> pa.Table:
         number, group_in_file = self._groups[group]
         with pq.ParquetFile(self._paths[number]) as file:
-            return file.read_row_group(group_in_file, columns=[self._column]).column(0)
+            names = [name for name in (self._rows.field, *self._rows.optional) if name in file.schema_arrow.names]
+            return file.read_row_group(group_in_file, columns=names)
 
 
-def _column_index(file: pq.ParquetFile, column: str, path: str) -> int:
+def _check_column(file: pq.ParquetFile, column: str, path: str, *, strings: bool) -> int | None:
+    """The number of a column that must be there; None if it is made of several."""
     schema = file.schema_arrow
     if column not in schema.names:
         raise ValueError(f"{path} has no column {column!r}, but {', '.join(map(repr, schema.names))}. Name one with #.")
-    if schema.field(column).type not in (pa.string(), pa.large_string()):
+    if strings and schema.field(column).type not in (pa.string(), pa.large_string()):
         raise ValueError(f"{path}: the column {column!r} should hold strings, and holds {schema.field(column).type}.")
-    return next(i for i in range(file.metadata.num_columns) if file.schema.column(i).path == column)
+    numbers = (i for i in range(file.metadata.num_columns) if file.schema.column(i).path == column)
+    return next(numbers, None)
 
 
 def _null_error(path: str, column: str) -> ValueError:

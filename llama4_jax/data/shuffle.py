@@ -13,12 +13,12 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from llama4_jax.data.documents import Documents, hash64
+from llama4_jax.data.documents import Document, Documents, hash64
 
 _KEPT = 4_000_000  # numbers of drawn orders to keep: rows of a batch are at different places, and in different epochs
 
 
-class Shuffled(grain.MapDataset[str]):
+class Shuffled(grain.MapDataset[Document]):
     """Document i of the endless sequence: epoch i // len, place i % len. Every epoch has every document once.
 
     Raises ValueError for an empty data set, in which no order can be drawn.
@@ -38,7 +38,7 @@ class Shuffled(grain.MapDataset[str]):
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, index: Any) -> Any:  # an int gives a str
+    def __getitem__(self, index: Any) -> Any:  # an int gives a document
         if isinstance(index, slice):  # as every MapDataset
             return self.slice(index)
         epoch, place = divmod(index, len(self))

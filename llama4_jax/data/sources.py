@@ -5,14 +5,24 @@
     jsonl:PATH[#FIELD]        a document a line, in the field "text" if none is named
     parquet:PATH[#COLUMN]     a document a row, in the column "text" if none is named
     files:PATH                a document a file
+    docstrings                those of the standard library: short texts in English
+
+With pictures, for models that read them (`rows` says what a row may be):
+
+    chat:PATH[#FIELD]         conversations, in the field "messages" if none is named; .jsonl or .parquet
+    pictures:PATH[#FIELD]     text with pictures, in the field "text" if none is named; .jsonl or .parquet
+    digits                    handwritten digits on pages of print, and which digit it is
+    digit-pairs               two of them, and which is larger
 
 PATH is a file, a directory or a glob.
 """
 
 import difflib
+from pathlib import Path
 from typing import NamedTuple
 
 from llama4_jax.data.documents import Documents
+from llama4_jax.data.rows import RowReader, chat_rows, picture_rows, text_rows
 
 _FORMS = {
     "stdlib": "stdlib",
@@ -20,7 +30,13 @@ _FORMS = {
     "jsonl": "jsonl:PATH[#FIELD]",
     "parquet": "parquet:PATH[#COLUMN]",
     "files": "files:PATH",
+    "docstrings": "docstrings",
+    "chat": "chat:PATH[#FIELD]",
+    "pictures": "pictures:PATH[#FIELD]",
+    "digits": "digits",
+    "digit-pairs": "digit-pairs",
 }
+_FIELDS = {"jsonl": "text", "parquet": "text", "chat": "messages", "pictures": "text"}  # if none is named
 
 
 class Source(NamedTuple):
@@ -38,10 +54,10 @@ def parse_source(spec: str) -> Source:
         close = difflib.get_close_matches(kind, _FORMS, n=1)
         hint = f" Did you mean {_FORMS[close[0]]}?" if close else ""
         raise ValueError(f"data.sources: {spec!r} is of no known kind.{hint} Known are {', '.join(_FORMS.values())}.")
-    field = "text"
-    if kind in ("jsonl", "parquet") and "#" in path:
+    field = _FIELDS.get(kind, "-")
+    if kind in _FIELDS and "#" in path:
         path, _, field = path.rpartition("#")
-    if bool(path) == (kind == "stdlib") or not field:
+    if bool(path) != ("PATH" in _FORMS[kind]) or not field:
         raise ValueError(f"data.sources: {spec!r} should have the form {_FORMS[kind]}.")
     return Source(kind, path, field)
 
@@ -59,6 +75,14 @@ def open_source(spec: str) -> Documents:
             from llama4_jax.data.files import standard_library
 
             return standard_library()
+        case "docstrings":
+            from llama4_jax.data.docstrings import DocstringDocuments
+
+            return DocstringDocuments()
+        case "digits" | "digit-pairs":
+            from llama4_jax.data.digits import DigitDocuments
+
+            return DigitDocuments(pairs=kind == "digit-pairs")
         case "files":
             from llama4_jax.data.files import FileDocuments
 
@@ -67,11 +91,23 @@ def open_source(spec: str) -> Documents:
             from llama4_jax.data.text import TextDocuments
 
             return TextDocuments(path)
-        case "jsonl":
-            from llama4_jax.data.jsonl import JsonlDocuments
-
-            return JsonlDocuments(path, field)
+        case "jsonl" | "parquet":
+            return _open_rows(spec, path, text_rows(field), parquet=kind == "parquet")
         case _:
-            from llama4_jax.data.parquet import ParquetDocuments  # pyarrow takes a while to import
+            rows = chat_rows(field) if kind == "chat" else picture_rows(field)
+            return _open_rows(spec, path, rows, parquet=path.endswith(".parquet") or _only_parquet(path))
 
-            return ParquetDocuments(path, field)
+
+def _open_rows(spec: str, path: str, rows: RowReader, *, parquet: bool) -> Documents:
+    if not parquet:
+        from llama4_jax.data.jsonl import JsonlDocuments
+
+        return JsonlDocuments(spec, path, rows)
+    from llama4_jax.data.parquet import ParquetDocuments  # pyarrow takes a while to import
+
+    return ParquetDocuments(spec, path, rows, strings=spec.startswith("parquet:"))
+
+
+def _only_parquet(path: str) -> bool:
+    folder = Path(path).expanduser()
+    return folder.is_dir() and not any(folder.rglob("*.jsonl")) and any(folder.rglob("*.parquet"))

@@ -4,7 +4,7 @@ Scout and Maverick are the published models. Meta published of Behemoth only "28
 all"; the sizes here are ours, chosen to give those totals. The dense students and `tiny` are ours too.
 """
 
-from llama4_jax.model.config import ModelConfig, RopeScaling
+from llama4_jax.model.config import ModelConfig, RopeScaling, VisionConfig
 
 _SCOUT = ModelConfig(
     vocab_size=202_048,
@@ -95,6 +95,36 @@ _TINY = ModelConfig(
     context_length=1024,
 )
 
+# The same, smaller, with a vision encoder: a page of 48 × 48 pixels becomes 9 tokens.
+_TINY_VISION = ModelConfig(
+    vocab_size=320,
+    embed_dim=96,
+    num_layers=4,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=32,
+    mlp_dim=256,
+    expert_mlp_dim=96,
+    num_experts=4,
+    moe_interval=2,
+    attention_chunk=128,
+    temperature_floor=128,
+    router_bias=True,
+    context_length=1024,
+    init_std=0.06,
+    vision=VisionConfig(
+        embed_dim=96,
+        num_layers=3,
+        num_heads=4,
+        mlp_dim=384,
+        image_size=48,
+        patch_size=8,
+        adapter_dim=192,
+        output_dim=192,
+        patch_token_id=274,
+    ),
+)
+
 PRESETS: dict[str, ModelConfig] = {
     "scout": _SCOUT,
     "maverick": _MAVERICK,
@@ -102,6 +132,7 @@ PRESETS: dict[str, ModelConfig] = {
     "dense_1b": _DENSE_1B,
     "dense_8b": _DENSE_8B,
     "tiny": _TINY,
+    "tiny_vision": _TINY_VISION,
 }
 
 

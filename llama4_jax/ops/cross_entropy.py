@@ -10,13 +10,14 @@ devices then has a share of every piece on each of them.
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sharding import constrain
 from sharding.rules import ACTIVATIONS
@@ -64,17 +65,22 @@ def _nll(logits: Float[Array, "... V"], targets: Int[Array, "..."]):
     return (jnp.log(denominator) + peak - chosen)[..., 0], numerator, denominator
 
 
-def token_nll(
+class TokenScores(NamedTuple):
+    nll: Float[Array, "B T"]  # negative log-likelihood of each target in nats, float32
+    likeliest: Bool[Array, "B T"]  # whether no token is likelier
+
+
+def token_scores(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B T"],
     *,
     pieces: int | None = None,
     compute_dtype: DTypeLike | None = None,
-) -> Float[Array, "B T"]:
-    """Negative log-likelihood of each target in nats, float32. Arguments as in `linear_cross_entropy`.
+) -> TokenScores:
+    """How each target fares under softmax(hidden @ head). Arguments as in `linear_cross_entropy`.
 
-    Its gradient computes the logits of each piece a second time.
+    The gradient of `nll` computes the logits of each piece a second time.
     """
     pieces = _num_pieces(pieces, targets)
     compute_dtype = hidden.dtype if compute_dtype is None else compute_dtype
@@ -83,10 +89,16 @@ def token_nll(
     @jax.checkpoint
     def piece(_, x):
         hidden, targets = x
-        return None, _nll(_logits(hidden.astype(compute_dtype), head), targets)[0]
+        logits = _logits(hidden.astype(compute_dtype), head)
+        return None, TokenScores(_nll(logits, targets)[0], jnp.argmax(logits, axis=-1) == targets)
 
-    _, nll = lax.scan(piece, None, (_split(hidden, pieces), _split(targets, pieces)))
-    return _join(nll, targets.shape[1])
+    _, scores = lax.scan(piece, None, (_split(hidden, pieces), _split(targets, pieces)))
+    return TokenScores(*(_join(x, targets.shape[1]) for x in scores))
+
+
+def token_nll(hidden, head, targets, *, pieces=None, compute_dtype=None) -> Float[Array, "B T"]:
+    """Negative log-likelihood of each target in nats, float32: `token_scores(…).nll`."""
+    return token_scores(hidden, head, targets, pieces=pieces, compute_dtype=compute_dtype).nll
 
 
 def _batch_shards(batch: int) -> int:

@@ -5,6 +5,7 @@ config), and the same command resumes it, with the same numbers bit for bit on t
 """
 
 import contextlib
+import functools
 import json
 import math
 import shlex
@@ -12,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,18 @@ from llama4_jax.config import RunConfig, differences, from_json, to_json
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.loader import Loader, make_loader, merge_states
 from llama4_jax.infer.generate import generate
+from llama4_jax.inputs.image import ImageConfig
 from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.flops import count_parameters, train_flops_per_token
-from llama4_jax.ops.cross_entropy import token_nll
+from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import learning_rate
 from llama4_jax.train.stage import Stage
-from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
+from llama4_jax.train.step import StepMetrics, Trainer, TrainState, batch_shardings, make_trainer
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
-from sharding import activation_sharding, make_mesh
+from llama4_jax.weights.load import initial_weights
+from sharding import make_mesh
 
 
 class NotFinite(RuntimeError):
@@ -54,17 +57,18 @@ def train(config: RunConfig) -> Path:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
             f"data.tokenizer={config.data.tokenizer!r})."
         )
+    pictures = image_config(config, tokenizer)
     trainer = make_trainer(config, mesh, next_token)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = make_loader(config.data, tokenizer, split="train", **processes)
+    how = {"pictures": pictures, "process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = make_loader(config.data, tokenizer, split="train", **how)
     heldout = None
     if config.data.heldout_fraction:
-        heldout = make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **processes)
+        heldout = make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **how)
     run = Path(config.run_dir) / config.name
     check_same_run(run, config)
     checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
     with jax.set_mesh(mesh), stop_signals() as stop, contextlib.closing(checkpoints):
-        state = restore(trainer, checkpoints, batches)
+        state = restore(config, trainer, checkpoints, batches)
         first = int(state.step)
         if first > config.steps:
             raise ValueError(
@@ -83,6 +87,22 @@ def train(config: RunConfig) -> Path:
     return run
 
 
+def image_config(config: RunConfig, tokenizer: Tokenizer) -> ImageConfig | None:
+    """How pictures are cut for this model; None if it reads text alone. Raises ValueError for another's tokenizer."""
+    vision = config.model.vision
+    if vision is None:
+        return None
+    patch_id = tokenizer.special_tokens["<|patch|>"]
+    if vision.patch_token_id != patch_id:
+        raise ValueError(
+            f"model.vision.patch_token_id is {vision.patch_token_id}, but <|patch|> is {patch_id} in the tokenizer "
+            f"data.tokenizer={config.data.tokenizer!r}: set it to that."
+        )
+    return ImageConfig(
+        tile_size=vision.image_size, max_tiles=config.data.max_tiles, tokens_per_tile=vision.tokens_per_tile
+    )
+
+
 def check_same_run(run: Path, config: RunConfig) -> None:
     """Raises ValueError if the directory holds a run with a config that makes other numbers."""
     path = run / "config.json"
@@ -95,7 +115,7 @@ def check_same_run(run: Path, config: RunConfig) -> None:
         )
 
 
-def restore(trainer: Trainer, checkpoints: Checkpoints, batches: Loader) -> TrainState:
+def restore(config: RunConfig, trainer: Trainer, checkpoints: Checkpoints, batches: Loader) -> TrainState:
     """The state of the newest checkpoint, with `batches` put where it was; or a new state."""
 
     def abstract():
@@ -103,7 +123,11 @@ def restore(trainer: Trainer, checkpoints: Checkpoints, batches: Loader) -> Trai
 
     saved = checkpoints.newest(abstract=abstract)
     if saved is None:
-        return trainer.init()
+        state = trainer.init()
+        if config.init_from is not None:
+            model, training = split_leaves(state)
+            state = with_leaves(state, {**initial_weights(config.init_from, config.model, model), **training})
+        return state
     batches.set_state(merge_states(saved.progress["data"]))
     return with_leaves(trainer.abstract, {**saved.model, **saved.training})
 
@@ -165,7 +189,7 @@ def run_steps(
     while step < config.steps and not stop():
         profile.before(step)
         batch = on_devices(next(stage.batches), trainer)
-        state, metrics = trainer.step(state, batch, stage.frozen)
+        state, metrics = trainer.step_at(step)(state, batch, stage.frozen)
         profile.after(step, metrics)
         jax.block_until_ready(previous)  # one step waits while another runs: a signal is heeded soon, the bar is true
         previous = metrics
@@ -179,9 +203,9 @@ def run_steps(
             pending = (step, metrics)
         if heldout is not None and (step % config.eval_every == 0 or step == config.steps):
             report()
-            bits = evaluate(state, heldout)
-            log.write(step, {"heldout_bits_per_byte": bits})
-            log.say(f"step {step}: held-out {bits:.4f} bits per byte")
+            measured = evaluate(state, heldout)
+            log.write(step, measured.figures())
+            log.say(f"step {step}: held-out {measured}")
             rate.start(step)
         if step % config.checkpoint_every == 0 and step < config.steps:
             report()  # so that what is logged up to here is on disk before the checkpoint says that it was done
@@ -232,30 +256,61 @@ def summary(values: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Loader], float]:
-    """Bits per byte of held-out data: all its nats, in bits, over all its bytes."""
+class Heldout(NamedTuple):
+    """What held-out data shows: all its nats, in bits, over all its bytes; and how many documents of which a part is
+    to be foretold, such as a conversation's replies, had all of it right: what greedy decoding would write."""
+
+    bits_per_byte: float
+    exact: int
+    replies: int
+
+    def figures(self) -> dict[str, float]:
+        found = {"heldout_bits_per_byte": self.bits_per_byte}
+        return found | ({"heldout_exact_replies": self.exact / self.replies} if self.replies else {})
+
+    def __str__(self) -> str:
+        share = f", {self.exact / self.replies:.1%} of {self.replies} replies exact" if self.replies else ""
+        return f"{self.bits_per_byte:.4f} bits per byte{share}"
+
+
+def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Loader], Heldout]:
+    """Compiled once for a run."""
 
     @jax.jit
     def sums(params: nnx.State, bias: nnx.State, batch: Batch):
         model = nnx.merge(trainer.graphdef, params, bias)
-        hidden, _ = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
-        nll = token_nll(hidden, model.lm_head.kernel[...], batch.targets)
-        return jnp.sum(nll * batch.weights), jnp.sum(batch.target_bytes)
+        hidden, _ = model.hidden(
+            batch.tokens, images=batch.images, positions=batch.positions, segment_ids=batch.segment_ids
+        )
+        scores = token_scores(hidden, model.lm_head.kernel[...], batch.targets)
+        counts = batch.weights > 0
 
-    def evaluate(state: TrainState, heldout: Loader) -> float:
-        nats, length = 0.0, 0
+        def documents_with(tokens):  # [B, T + 1]: document 0 is padding
+            some = functools.partial(jax.ops.segment_max, num_segments=tokens.shape[1] + 1)
+            return jax.vmap(some)(tokens.astype(jnp.int32), batch.segment_ids)[:, 1:] > 0
+
+        replies = documents_with(counts) & documents_with(~counts)
+        exact = replies & ~documents_with(counts & ~scores.likeliest)
+        return jnp.sum(scores.nll * batch.weights), jnp.sum(batch.target_bytes), jnp.sum(exact), jnp.sum(replies)
+
+    def evaluate(state: TrainState, heldout: Loader) -> Heldout:
+        nats, length, exact, replies = 0.0, 0, 0, 0
         for batch in heldout:
-            batch_nats, batch_bytes = sums(state.params, state.bias, on_devices(batch, trainer))
-            nats, length = nats + float(batch_nats), length + int(batch_bytes)
-        return nats / math.log(2) / length
+            found = jax.device_get(sums(state.params, state.bias, on_devices(batch, trainer)))
+            nats, length = nats + float(found[0]), length + int(found[1])
+            exact, replies = exact + int(found[2]), replies + int(found[3])
+        return Heldout(nats / math.log(2) / length, exact, replies)
 
     return evaluate
 
 
 def on_devices(batch: Batch, trainer: Trainer) -> Batch:
     """This process's rows as part of the global batch, split over the mesh."""
-    sharding = activation_sharding(("batch", "seq"), trainer.mesh)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in batch))
+    return jax.tree.map(
+        lambda x, place: jax.make_array_from_process_local_data(place, x),
+        batch,
+        batch_shardings(trainer.mesh, images=batch.images is not None),
+    )
 
 
 def all_processes(state: dict) -> list[dict]:

@@ -7,6 +7,8 @@ from llama4_jax.train.stage import LossOutput
 
 
 def next_token(model: Llama4, batch: Batch, frozen: None = None) -> LossOutput:
-    hidden, router = model.hidden(batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+    hidden, router = model.hidden(
+        batch.tokens, images=batch.images, positions=batch.positions, segment_ids=batch.segment_ids
+    )
     total, weight = linear_cross_entropy(hidden, model.lm_head.kernel[...], batch.targets, batch.weights)
     return LossOutput(total, weight, router)

@@ -1,5 +1,6 @@
 """One update, as a pure function of the state: gradients, accumulation, AdamW, balancing. A bad batch does no harm."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.moe import BalanceBias
 from llama4_jax.train.balance import BalanceMetrics, balance_loss, balance_metrics, moved_bias
+from llama4_jax.train.freeze import changes, frozen_at, restored, without_gradient
 from llama4_jax.train.optimizer import make_optimizer
 from llama4_jax.train.stage import Loss, LossOutput
 from sharding import activation_sharding, parameter_sharding
@@ -59,6 +61,9 @@ def first_state(model: Llama4, optimizer: optax.GradientTransformation) -> Train
     return TrainState(step, params, bias, optimizer.init(_float32(params)), skipped, bad_steps)
 
 
+Step = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]  # donates the state
+
+
 class Trainer(NamedTuple):
     """The compiled parts of a run on a mesh."""
 
@@ -66,13 +71,18 @@ class Trainer(NamedTuple):
     mesh: Mesh | AbstractMesh
     abstract: TrainState  # shapes, dtypes and shardings
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]  # donates the state
+    step_at: Callable[[int], Step]  # which update follows so many others: they differ in what is frozen
+
+    @property
+    def step(self) -> Step:
+        """The first update."""
+        return self.step_at(0)
 
 
 def make_trainer(config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss) -> Trainer:
     """Nothing is compiled or allocated yet; on an AbstractMesh nothing can be, and the run is only described.
 
-    Raises ValueError if the mesh does not divide a parameter.
+    Raises ValueError if the mesh does not divide a parameter, and for a config that freezes what is not there.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed)))
@@ -83,23 +93,31 @@ def make_trainer(config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss) -> Tr
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    batch_sharding = activation_sharding(("batch", "seq"), mesh)
+    frozen_sets = {step: frozen_at(config.freeze, step, shapes.params) for step in changes(config.freeze)}
 
-    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, StepMetrics]:
-        return update(config, graphdef, optimizer, loss, state, batch, frozen)
+    @functools.cache
+    def compiled(still: frozenset[str]) -> Step:
+        def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, StepMetrics]:
+            return update(config, graphdef, optimizer, loss, state, batch, frozen, still)
 
-    return Trainer(
-        graphdef,
-        mesh,
-        abstract,
-        jax.jit(init, out_shardings=shardings),
-        jax.jit(
+        return jax.jit(
             step,
-            in_shardings=(shardings, batch_sharding, None),
+            in_shardings=(shardings, batch_shardings(mesh, images=config.data.tiles_per_row > 0), None),
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
-        ),
-    )
+        )
+
+    def step_at(step: int) -> Step:
+        return compiled(frozen_sets[max(since for since in frozen_sets if since <= step)])
+
+    return Trainer(graphdef, mesh, abstract, jax.jit(init, out_shardings=shardings), step_at)
+
+
+def batch_shardings(mesh: Mesh | AbstractMesh, *, images: bool) -> Batch:
+    """Where each array of a batch lives: rows by the batch axes, tokens by the sequence's."""
+    tokens = activation_sharding(("batch", "seq"), mesh)
+    tiles = activation_sharding(("batch", "tiles", "pixels", "pixels", None), mesh)
+    return Batch(*[tokens] * (len(Batch._fields) - 1), images=tiles if images else None)
 
 
 def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
@@ -122,10 +140,15 @@ def update(
     state: TrainState,
     batch: Batch,
     frozen: Any,
+    still: frozenset[str] = frozenset(),
 ) -> tuple[TrainState, StepMetrics]:
-    """The state after one batch. A loss or gradient that is not finite changes nothing but the counters."""
+    """The state after one batch. A loss or gradient that is not finite changes nothing but the counters.
+
+    `still`: names of the parameters that are left as they are.
+    """
 
     def objective(params: nnx.State, batch: Batch):
+        params = without_gradient(params, still)
         out = loss(nnx.merge(graphdef, params, state.bias), batch, frozen)
         aux = 0.0 if out.router is None else balance_loss(out.router, config.balance)
         return out.total + out.weight * aux, out
@@ -144,6 +167,8 @@ def update(
     params = _float32(state.params)
     updates, new_optimizer = optimizer.update(grads, state.optimizer, params)
     new_params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
+    new_params = restored(new_params, state.params, still)
+    new_optimizer = restored(new_optimizer, state.optimizer, still)
     new_bias = state.bias
     if out.router is not None and config.balance.bias_rate:
         new_bias = _move_biases(graphdef, state, out.router.counts, config.balance.bias_rate)

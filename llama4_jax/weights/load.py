@@ -18,7 +18,15 @@ from jax.sharding import Mesh, Sharding
 from llama4_jax.model.config import ModelConfig, Precision, difference
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import PRESETS
-from llama4_jax.weights.source import RunWeights, Weights, open_weights, run_steps, saved_model, source_format
+from llama4_jax.weights.source import (
+    RunWeights,
+    Weights,
+    locate,
+    open_weights,
+    run_steps,
+    saved_model,
+    source_format,
+)
 from sharding import parameter_sharding
 
 
@@ -51,6 +59,50 @@ def load(weights: Weights, *, precision: Precision, mesh: Mesh | None) -> Llama4
     """The model of these weights. Raises ValueError for a tensor that is missing, unknown or of another shape, and
     for a mesh that does not divide one, before anything is read."""
     return _fill(_empty_model(weights, precision, mesh), weights)
+
+
+def initial_weights(path: str | Path, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a run begins with: the arrays of its new model by name, with those that the directory has in their places.
+
+    A model with a vision encoder may begin from one without: encoder and projector stay as they are. Raises ValueError
+    for weights that do not fit, and what `open_weights` raises.
+    """
+    weights = open_weights(path)
+    places = locate({name: leaf.shape for name, leaf in leaves.items()}, config)
+    parts: dict[str, dict[int | None, str]] = {}
+    for ours, (name, step) in places.items():
+        parts.setdefault(name, {})[step] = ours
+    known = set(weights.names)
+    new = {ours for ours in places if ours.startswith(("vision.", "projector.")) and weights.config.vision is None}
+    problems = [f"{ours} is not there" for ours in sorted(places.keys() - known - new)]
+    problems += [f"the model has no place for {ours}" for ours in sorted(known - places.keys())]
+    for ours in sorted(known & places.keys()):
+        name, step = places[ours]
+        expected = leaves[name].shape[step is not None :]
+        if weights.shape(ours) != expected:
+            problems.append(f"{ours} has the shape {weights.shape(ours)}, but the model makes it {expected}")
+    if problems:
+        raise ValueError(
+            f"init_from: {path} does not hold this model's tensors, {len(problems)} point(s):\n  "
+            + "\n  ".join(problems[:20])
+        )
+
+    def filled(name: str, leaf: jax.Array) -> jax.Array:
+        own = parts[name]
+        if any(ours in new for ours in own.values()):
+            return leaf
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True))
+            if None in own:
+                read = weights.read(own[None], bounds)
+            else:
+                read = np.stack([weights.read(own[i], bounds[1:]) for i in range(leaf.shape[0])[bounds[0]]])
+            return np.ascontiguousarray(read).astype(leaf.dtype)
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+    return {name: filled(name, leaf) for name, leaf in leaves.items()}
 
 
 class _EmptyModel(NamedTuple):
