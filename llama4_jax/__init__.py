@@ -1,8 +1,11 @@
 """Llama 4 in JAX.
 
-    model = llama4_jax.from_pretrained(path, mesh=None, dtype="bfloat16")       # a Hugging Face or a run directory
+    model = llama4_jax.from_pretrained(path, mesh=None, dtype="bfloat16")       # a Hugging Face, Meta or run directory
     logits = model(tokens)                                                      # int32 [B, T] → float32 [B, T, V]
     replies = llama4_jax.generate(model, prompts, max_new_tokens=64)            # lists of tokens → lists of tokens
+
+    inputs = llama4_jax.Processor.from_pretrained(path)(messages, images=[…])   # messages → tokens and tiles
+    logits = model(inputs.tokens, images=inputs.images)
 
     model = llama4_jax.Llama4(llama4_jax.ModelConfig(...), seed=0)              # or a new one
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from llama4_jax.infer.generate import generate as generate
     from llama4_jax.model.config import ModelConfig as ModelConfig
     from llama4_jax.model.llama4 import Llama4 as Llama4
+    from llama4_jax.processor import Processor as Processor
     from llama4_jax.weights.load import from_pretrained as from_pretrained
 
 _HOME = {
@@ -23,6 +27,7 @@ _HOME = {
     "generate": "llama4_jax.infer.generate",
     "Llama4": "llama4_jax.model.llama4",
     "ModelConfig": "llama4_jax.model.config",
+    "Processor": "llama4_jax.processor",
 }
 
 __all__ = list(_HOME)

@@ -25,10 +25,10 @@ from llama4_jax.config import RunConfig, differences, from_json, to_json
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.loader import Loader, make_loader, merge_states
 from llama4_jax.infer.generate import generate
-from llama4_jax.inputs.image import ImageConfig
 from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.flops import count_parameters, train_flops_per_token
 from llama4_jax.ops.cross_entropy import token_scores
+from llama4_jax.processor import image_config
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import learning_rate
@@ -57,7 +57,8 @@ def train(config: RunConfig) -> Path:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
             f"data.tokenizer={config.data.tokenizer!r})."
         )
-    pictures = image_config(config, tokenizer)
+    vision = config.model.vision
+    pictures = None if vision is None else image_config(vision, tokenizer, max_tiles=config.data.max_tiles)
     trainer = make_trainer(config, mesh, next_token)
     how = {"pictures": pictures, "process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = make_loader(config.data, tokenizer, split="train", **how)
@@ -85,22 +86,6 @@ def train(config: RunConfig) -> Path:
         if int(state.step) == config.steps:
             show_sample(config, trainer, state, tokenizer, run, log)
     return run
-
-
-def image_config(config: RunConfig, tokenizer: Tokenizer) -> ImageConfig | None:
-    """How pictures are cut for this model; None if it reads text alone. Raises ValueError for another's tokenizer."""
-    vision = config.model.vision
-    if vision is None:
-        return None
-    patch_id = tokenizer.special_tokens["<|patch|>"]
-    if vision.patch_token_id != patch_id:
-        raise ValueError(
-            f"model.vision.patch_token_id is {vision.patch_token_id}, but <|patch|> is {patch_id} in the tokenizer "
-            f"data.tokenizer={config.data.tokenizer!r}: set it to that."
-        )
-    return ImageConfig(
-        tile_size=vision.image_size, max_tiles=config.data.max_tiles, tokens_per_tile=vision.tokens_per_tile
-    )
 
 
 def check_same_run(run: Path, config: RunConfig) -> None:

@@ -196,6 +196,18 @@ def open_weights(path: str | Path) -> Weights:
     return FileWeights(path, kind, config, provenance, ranks, table.plan_ranks(config, kind, ranks))
 
 
+def open_config(path: str | Path) -> ModelConfig:
+    """What model is in a directory, from its config alone. Raises as `open_weights` does."""
+    path = Path(path)
+    match source_format(path):
+        case "run":
+            return saved_model(path).model
+        case "hf":
+            return hf_config.model_config(read_json(path / "config.json", ""))
+        case "meta":
+            return meta_config.model_config(read_json(path / PARAMS, ""))
+
+
 def source_format(path: Path) -> SourceFormat:
     """Which format a directory has, by its config. Raises as `open_weights` does."""
     if not path.is_dir():

@@ -1,0 +1,190 @@
+"""Messages, pictures and tools → what the model takes, and its reply → a message.
+
+    processor = llama4_jax.Processor.from_pretrained(path)
+    inputs = processor(messages, images=["a.png"], tools=tools)
+    logits = model(inputs.tokens, images=inputs.images)
+
+All of it is numpy; nothing here touches a device.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from llama4_jax.inputs.chat import ChatFormat
+from llama4_jax.inputs.image import ImageConfig, picture_tokens, tile_picture
+from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages
+from llama4_jax.inputs.picture_files import open_picture
+from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
+from llama4_jax.model.config import VisionConfig
+
+IMAGE = "<|image|>"
+
+
+class Prompt(NamedTuple):
+    """What `generate` takes for one row."""
+
+    tokens: list[int]
+    tiles: UInt8[np.ndarray, "tiles S S 3"] | None
+
+
+class Inputs(NamedTuple):
+    """What the model takes, for a batch of one."""
+
+    tokens: Int32[np.ndarray, "1 T"]
+    images: UInt8[np.ndarray, "1 tiles S S 3"] | None
+
+
+class Processor:
+    """The tokenizer, the chat format, and how pictures are cut into tiles.
+
+    - tokenizer
+    - pictures: how they are cut; None for a model that reads text alone
+    - chat: how messages become tokens
+    """
+
+    def __init__(self, tokenizer: Tokenizer, pictures: ImageConfig | None = None):
+        self.tokenizer = tokenizer
+        self.pictures = pictures
+        self.chat = ChatFormat(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Processor":
+        """The processor for the model in a directory, of any format that `llama4_jax.from_pretrained` takes.
+
+        Raises as `open_config` and `load_tokenizer`, and ValueError if the model's `<|patch|>` is not the tokenizer's.
+        """
+        from llama4_jax.weights.source import open_config
+
+        path = Path(path)
+        tokenizer, vision = load_tokenizer(path), open_config(path).vision
+        return cls(tokenizer, None if vision is None else image_config(vision, tokenizer, **_cutting(path)))
+
+    def __call__(
+        self,
+        messages: Sequence[Message | dict[str, Any]],
+        *,
+        images: Sequence[Any] = (),
+        tools: Sequence[Tool | dict[str, Any]] = (),
+        generation_prompt: bool = True,
+    ) -> Inputs:
+        """The conversation as a batch of one; arguments and errors as those of `prompt`."""
+        tokens, tiles = self.prompt(messages, images=images, tools=tools, generation_prompt=generation_prompt)
+        return Inputs(np.array([tokens], np.int32), None if tiles is None else tiles[None])
+
+    def prompt(
+        self,
+        messages: Sequence[Message | dict[str, Any]],
+        *,
+        images: Sequence[Any] = (),
+        tools: Sequence[Tool | dict[str, Any]] = (),
+        generation_prompt: bool = True,
+    ) -> Prompt:
+        """A conversation as tokens and tiles.
+
+        - messages: OpenAI-style dicts, or `Message`. Text in them is text, whatever it spells.
+        - images: for the pictures in them that have no source of their own, in order: paths, bytes, PIL images, arrays
+        - tools: what the assistant may call, OpenAI-style or `Tool`
+        - generation_prompt: whether the assistant is to speak next
+
+        Raises ValueError naming the message or picture that is wrong, for pictures without a place and places without a
+        picture, and for pictures if the model reads text alone; FileNotFoundError for one that is not there.
+        """
+        said = read_messages(messages)
+        places = [
+            (part.source, f"messages[{i}].content[{j}]")
+            for i, message in enumerate(said)
+            for j, part in enumerate(message.content)
+            if isinstance(part, Picture)
+        ]
+        free = [where for source, where in places if source is None]
+        if len(free) != len(images):
+            raise ValueError(
+                f"images has {len(images)} pictures, and the messages have {len(free)} places for them "
+                f'({{"type": "image"}}): each picture needs a place, and each place a picture.'
+            )
+        given = iter(enumerate(images))
+        sources = []
+        for source, where in places:
+            if source is None:
+                number, source = next(given)
+                where = f"images[{number}]"
+            sources.append((source, where))
+        tokens, tiles = self._open(sources)
+        rendered = self.chat.encode(said, tools=tools, pictures=tokens, generation_prompt=generation_prompt)
+        return Prompt(rendered.tokens, tiles)
+
+    def text_prompt(self, text: str, *, images: Sequence[Any] = ()) -> Prompt:
+        """A text to be continued, as tokens and tiles. Each `<|image|>` in it is the place of a picture.
+
+        Raises ValueError for pictures without a place and places without a picture, and as `prompt`.
+        """
+        content = illustrated(text, images)
+        tokens, tiles = self._open([(part.source, f"images[{i}]") for i, part in enumerate(content[1::2])])
+        rest = iter(tokens)
+        ids = [self.tokenizer.bos_id]
+        for part in content:
+            ids += next(rest) if isinstance(part, Picture) else self.tokenizer.encode(part)
+        return Prompt(ids, tiles)
+
+    def _open(self, sources: list[tuple[Any, str]]) -> tuple[list[list[int]], UInt8[np.ndarray, "tiles S S 3"] | None]:
+        """Each picture's tokens, and the tiles of all."""
+        if not sources:
+            return [], None
+        if self.pictures is None:
+            raise ValueError(f"{sources[0][1]}: a picture was given, but this model reads text alone.")
+        found, tiles = [], []
+        for source, where in sources:
+            cut = tile_picture(open_picture(source, name=where), self.pictures)
+            found.append(
+                picture_tokens(cut.rows, cut.cols, self.pictures.tokens_per_tile, self.tokenizer.special_tokens)
+            )
+            tiles.append(cut.pixels)
+        return found, np.concatenate(tiles)
+
+
+def illustrated(text: str, images: Sequence[Any]) -> list[str | Picture]:
+    """The text with a picture in the place of each `<|image|>`: text, picture, text … text.
+
+    Raises ValueError unless there is a picture for each place, and a place for each picture.
+    """
+    texts = text.split(IMAGE)
+    if len(texts) - 1 != len(images):
+        raise ValueError(
+            f"the prompt has {len(texts) - 1} places for pictures ({IMAGE}), and {len(images)} pictures were given: "
+            f"each picture needs a place, and each place a picture."
+        )
+    content: list[str | Picture] = [texts[0]]
+    for image, after in zip(images, texts[1:], strict=True):
+        content += [Picture(image), after]
+    return content
+
+
+def image_config(vision: VisionConfig, tokenizer: Tokenizer, **cutting: Any) -> ImageConfig:
+    """How pictures are cut for this encoder. Raises ValueError if its `<|patch|>` is not the tokenizer's."""
+    patch_id = tokenizer.special_tokens["<|patch|>"]
+    if vision.patch_token_id != patch_id:
+        raise ValueError(
+            f"model.vision.patch_token_id is {vision.patch_token_id}, but <|patch|> is {patch_id} for the tokenizer: "
+            f"set it to that, or use the model's own tokenizer."
+        )
+    return ImageConfig(tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile, **cutting)
+
+
+def _cutting(path: Path) -> dict[str, Any]:
+    """What a directory says of how pictures are cut: a run's config, or Hugging Face's preprocessor."""
+    found = {}
+    if (file := path / "preprocessor_config.json").is_file():
+        said = json.loads(file.read_text(encoding="utf-8"))
+        for key, name in (("max_patches", "max_tiles"), ("resize_to_max_canvas", "resize_to_max_canvas")):
+            if said.get(key) is not None:
+                found[name] = said[key]
+    elif (file := path / "config.json").is_file():
+        data = json.loads(file.read_text(encoding="utf-8")).get("data")
+        if isinstance(data, dict) and "max_tiles" in data:
+            found["max_tiles"] = data["max_tiles"]
+    return found
