@@ -27,14 +27,19 @@ from llama4_jax.atomic import write_atomically
 
 BPE_FILE = "tokenizer.model"
 BYTES_FILE = "byte_tokenizer.json"
+HF_FILE = "tokenizer.json"
 
 
 def _reserved(prefix: str, first: int, last: int) -> list[str]:
     return [f"{prefix}reserved_special_token_{i}" for i in range(first, last + 1)]
 
 
+def _named(*names: str) -> list[str]:
+    return [f"<|{name}|>" for name in names]
+
+
 # Ids 200000 to 202047, in this order.
-_LLAMA4_SPECIAL = [
+LLAMA4_SPECIAL = _named(
     *("begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix"),
     *("header_start", "header_end", "eom", "eot", "step"),
     *_reserved("text_post_train_", 0, 5),
@@ -51,7 +56,7 @@ _LLAMA4_SPECIAL = [
     *_reserved("reasoning_", 0, 7),
     *("reasoning_thinking_start", "reasoning_thinking_end"),
     *_reserved("", 0, 903),
-]
+)
 
 
 class Tokenizer(abc.ABC):
@@ -61,16 +66,15 @@ class Tokenizer(abc.ABC):
     - bos_id, eos_id, pad_id: begin_of_text, end_of_text, finetune_right_pad
     - stop_ids: where a reply ends: end_of_text, eom, eot
     - special_tokens: full name, as in `<|eot|>`, to id
-    - fingerprint: equal for two tokenizers exactly if they give every text the same ids
+    - fingerprint: equal for two tokenizers exactly if they give every text and every special token the same ids
     """
 
     def __init__(self, kind: str, pieces: Sequence[bytes], special: Sequence[str]):
-        names = [f"<|{name}|>" for name in special]
-        self._bytes = [*pieces, *(name.encode() for name in names)]
+        self._bytes = [*pieces, *(name.encode() for name in special)]
         self._first_special = len(pieces)
-        self._lengths = np.array([*map(len, pieces), *(0 for _ in names)], np.int32)
+        self._lengths = np.array([*map(len, pieces), *(0 for _ in special)], np.int32)
         self.vocab_size = len(self._bytes)
-        self.special_tokens: dict[str, int] = {name: len(pieces) + i for i, name in enumerate(names)}
+        self.special_tokens: dict[str, int] = {name: len(pieces) + i for i, name in enumerate(special)}
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.pad_id = self.special_tokens["<|finetune_right_pad|>"]
@@ -135,9 +139,9 @@ class ByteTokenizer(Tokenizer):
     VOCAB_SIZE: ClassVar[int] = 320
 
     def __init__(self):
-        named = [name for name in _LLAMA4_SPECIAL if "reserved" not in name]
+        named = [name for name in LLAMA4_SPECIAL if "reserved" not in name]
         free = self.VOCAB_SIZE - 256 - len(named)
-        super().__init__("bytes", [bytes([i]) for i in range(256)], named + _reserved("", 0, free - 1))
+        super().__init__("bytes", [bytes([i]) for i in range(256)], named + _named(*_reserved("", 0, free - 1)))
 
     def _encode(self, text: str) -> list[int]:
         return list(utf8(text))
@@ -174,14 +178,19 @@ class BPETokenizer(Tokenizer):
         path = epath.Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no such tokenizer file: {path}")
-        self._file = path.read_bytes()
-        ranks = _read_ranks(self._file, path)
+        file = path.read_bytes()
+        ranks = _read_ranks(file, path)
         if len(ranks) != self.BASE_SIZE:
             raise ValueError(
                 f"{path} holds {len(ranks)} tokens and Llama 4's tokenizer.model {self.BASE_SIZE}: it is truncated, "
                 f"or of another model. Meta publishes it with the weights and in the PyPI package llama-models."
             )
-        super().__init__("llama4-bpe", sorted(ranks, key=ranks.__getitem__), _LLAMA4_SPECIAL)
+        self._build(ranks, LLAMA4_SPECIAL, BPE_FILE, file)
+
+    def _build(self, ranks: dict[bytes, int], special: Sequence[str], file_name: str, file: bytes) -> None:
+        """The tokenizer of these ranks, whose special tokens come after them; saved as this file."""
+        super().__init__("llama4-bpe", sorted(ranks, key=ranks.__getitem__), special)
+        self._file_name, self._file = file_name, file
         self._bpe = tiktoken.Encoding(
             "llama4", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
@@ -193,7 +202,7 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def save(self, directory: str | epath.PathLike) -> None:
-        write_atomically(epath.Path(directory) / BPE_FILE, self._file)
+        write_atomically(epath.Path(directory) / self._file_name, self._file)
 
 
 class StreamDecoder:
@@ -220,25 +229,25 @@ class StreamDecoder:
 def load_tokenizer(spec: str | epath.PathLike) -> Tokenizer:
     """The tokenizer that a spec names: "bytes", or a path.
 
-    The path is of a `tokenizer.model`, or of a directory that holds one, or to which a tokenizer was saved.
-    Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    The path is of a `tokenizer.model` or a Hugging Face `tokenizer.json`, or of a directory that holds one, or to which
+    a tokenizer was saved. Raises FileNotFoundError if there is none, ValueError if it is damaged or another model's.
     """
+    from llama4_jax.inputs.hf_tokenizer import read_tokenizer_json  # it builds on this file
+
     if spec == "bytes":
         return ByteTokenizer()
     path = epath.Path(spec)
     if not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f'no such tokenizer: {path}. Give "bytes", or the path of a {BPE_FILE}.')
-        return BPETokenizer(path)
-    if (path / BYTES_FILE).is_file():
-        return _read_byte_tokenizer(path / BYTES_FILE)
-    if (path / BPE_FILE).is_file():
-        return BPETokenizer(path / BPE_FILE)
-    hugging_face = (path / "tokenizer.json").is_file()
-    other = " Its tokenizer.json is Hugging Face's form of it, which is not read." if hugging_face else ""
+        return read_tokenizer_json(path) if path.suffix == ".json" else BPETokenizer(path)
+    readers = {BYTES_FILE: _read_byte_tokenizer, BPE_FILE: BPETokenizer, HF_FILE: read_tokenizer_json}
+    for name, read in readers.items():
+        if (path / name).is_file():
+            return read(path / name)
     raise FileNotFoundError(
-        f"no tokenizer in {path}: neither {BPE_FILE} nor {BYTES_FILE} is there.{other} Meta publishes {BPE_FILE} with "
-        f"the weights and in the PyPI package llama-models."
+        f"no tokenizer in {path}: none of {', '.join(readers)} is there. Meta publishes {BPE_FILE} with the weights "
+        f"and in the PyPI package llama-models."
     )
 
 

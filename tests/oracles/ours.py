@@ -51,9 +51,20 @@ def config(case: Case) -> ModelConfig:
 
 def model(case: Case, *, scan_layers: bool = False, precision: Precision | None = None) -> Llama4:
     """A new model with the Hugging Face oracle's weights."""
+    return filled(config(case), hf.reference(case).state_dict, scan_layers=scan_layers, precision=precision)
+
+
+def filled(
+    config: ModelConfig,
+    hf_weights: dict[str, np.ndarray],
+    *,
+    scan_layers: bool = False,
+    precision: Precision | None = None,
+) -> Llama4:
+    """A new model with weights under Hugging Face's names."""
     # abstract, since drawing random weights of every shape only to replace them takes seconds of compilation
-    made = nnx.eval_shape(lambda: Llama4(config(case), scan_layers=scan_layers, precision=precision))
-    weights = dict(from_hf(made.config, InMemory(hf.reference(case).state_dict)))
+    made = nnx.eval_shape(lambda: Llama4(config, scan_layers=scan_layers, precision=precision))
+    weights = dict(from_hf(made.config, InMemory(hf_weights)))
     graphdef, state = nnx.split(made)
     for path, variable in nnx.to_flat_state(state):
         names = _names(made, path)
@@ -74,17 +85,18 @@ def by_name(model: Llama4, state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def _stacked(path: tuple) -> bool:
-    return path[:2] == ("decoder", "group")
+    return path[1] == "group"
 
 
 def _names(model: Llama4, path: tuple) -> list[str]:
     """The table's names of one parameter: several where the layers of the repeating group are stacked."""
-    if path[0] != "decoder":
+    if path[1] not in ("group", "rest"):
         return [".".join(path)]
-    _, where, number, *rest = path
-    repeats, period = model.decoder.repeats, len(model.decoder.group)
+    part, where, number, *rest = path
+    prefix = ("layers",) if part == "decoder" else (part, "layers")
+    repeats, period = getattr(model, part).repeats, len(getattr(model, part).group)
     layers = range(number, repeats * period, period) if where == "group" else [repeats * period + number]
-    return [".".join(("layers", str(layer), *rest)) for layer in layers]
+    return [".".join((*prefix, str(layer), *rest)) for layer in layers]
 
 
 @functools.cache
