@@ -11,7 +11,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,7 +258,7 @@ class Heldout(NamedTuple):
         return f"{self.bits_per_byte:.4f} bits per byte{share}"
 
 
-def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Loader], Heldout]:
+def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Iterable[Batch]], Heldout]:
     """Compiled once for a run."""
 
     @jax.jit
@@ -278,7 +278,7 @@ def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Loader], Heldout]
         exact = replies & ~documents_with(counts & ~scores.likeliest)
         return jnp.sum(scores.nll * batch.weights), jnp.sum(batch.target_bytes), jnp.sum(exact), jnp.sum(replies)
 
-    def evaluate(state: TrainState, heldout: Loader) -> Heldout:
+    def evaluate(state: TrainState, heldout: Iterable[Batch]) -> Heldout:
         nats, length, exact, replies = 0.0, 0, 0, 0
         for batch in heldout:
             found = jax.device_get(sums(state.params, state.bias, on_devices(batch, trainer)))

@@ -10,11 +10,10 @@ import optax
 import pytest
 from flax import nnx
 from oracles import ours, pictures
-from oracles.pictures import PATCH, TOKENS_PER_TILE
+from oracles.pictures import PATCH, TOKENS_PER_TILE, config
 from test_parity_gradients import assert_gradients_equal
 
 import llama4_jax
-from llama4_jax.model.config import VisionConfig
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.vision import normalized, patch_rotation, pixel_shuffle
 from llama4_jax.weights.table import to_hf
@@ -25,14 +24,6 @@ MODULE = 1e-6
 LOGITS = 2e-6
 
 every_case = pytest.mark.parametrize("case", pictures.CASES, ids=lambda case: case.name)
-
-
-def config(case):
-    vision = VisionConfig(
-        embed_dim=32, num_layers=3, num_heads=4, mlp_dim=128, image_size=24, patch_size=6, adapter_dim=24,
-        output_dim=24, patch_token_id=PATCH,
-    )  # fmt: skip
-    return dataclasses.replace(ours.config(case), vision=vision)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Both references with their vision encoders, at tiny size: rows of tokens with pictures in them."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -8,7 +9,8 @@ from jaxtyping import Float, Int
 from llama_models.llama4.datatypes import MaskedEmbedding, TransformerInput
 from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4VisionConfig
 
-from oracles import hf, meta
+from llama4_jax.model.config import ModelConfig, VisionConfig
+from oracles import hf, meta, ours
 from oracles.cases import MAVERICK, SCOUT, Case, tokens
 
 PATCH = 90  # the token whose place a feature takes
@@ -38,6 +40,15 @@ TOKENS_PER_TILE = 4
 # Where each row's tiles stand: next to one another, across the ends of attention chunks (of 8), at the very beginning.
 PLACES = ((3, 7, 18), (0,))
 CASES = (SCOUT, MAVERICK)
+
+
+def config(case: Case) -> ModelConfig:
+    """The case in our words."""
+    vision = VisionConfig(
+        embed_dim=32, num_layers=3, num_heads=4, mlp_dim=128, image_size=24, patch_size=6, adapter_dim=24,
+        output_dim=24, patch_token_id=PATCH,
+    )  # fmt: skip
+    return dataclasses.replace(ours.config(case), vision=vision)
 
 
 def ids(case: Case) -> Int[np.ndarray, "B T"]:
