@@ -13,7 +13,7 @@ def config() -> RunConfig:
         model=preset("tiny_vision"),
         data=DataConfig(
             sources=("digits", "digit-pairs", "docstrings"),
-            weights=(12, 12, 1),
+            weights=(12.0, 12.0, 1.0),
             tokenizer="bytes",
             seq_len=384,
             batch_size=8,

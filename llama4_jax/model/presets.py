@@ -4,6 +4,8 @@ Scout and Maverick are the published models. Meta published of Behemoth only "28
 all"; the sizes here are ours, chosen to give those totals. The dense students and `tiny` are ours too.
 """
 
+import dataclasses
+
 from llama4_jax.model.config import ModelConfig, RopeScaling, VisionConfig
 
 _SCOUT = ModelConfig(
@@ -127,7 +129,9 @@ _TINY_VISION = ModelConfig(
 
 PRESETS: dict[str, ModelConfig] = {
     "scout": _SCOUT,
+    "scout_vision": dataclasses.replace(_SCOUT, vision=VisionConfig()),
     "maverick": _MAVERICK,
+    "maverick_vision": dataclasses.replace(_MAVERICK, vision=VisionConfig()),
     "behemoth_like": _BEHEMOTH_LIKE,
     "dense_1b": _DENSE_1B,
     "dense_8b": _DENSE_8B,

@@ -26,7 +26,7 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.data.loader import Loader, make_loader, merge_states
 from llama4_jax.infer.generate import generate
 from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
-from llama4_jax.model.flops import count_parameters, train_flops_per_token
+from llama4_jax.model.flops import count_parameters, train_flops_per_tile, train_flops_per_token
 from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.processor import image_config
 from llama4_jax.train.metrics import Log, figures, peak_flops
@@ -209,7 +209,9 @@ class Rate:
 
     def __init__(self, config: RunConfig, peak: float | None):
         self._tokens_per_step = config.data.batch_size * config.data.seq_len
-        self._flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
+        tiles = config.data.batch_size * config.data.tiles_per_row * train_flops_per_tile(config.model)
+        tokens = self._tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
+        self._flops_per_step = tokens + tiles
         self._peak = peak
         self.start(0)
 
@@ -224,7 +226,7 @@ class Rate:
         tokens_per_second = steps * self._tokens_per_step / seconds
         values = {"tokens_per_second": tokens_per_second}
         if self._peak is not None:
-            values["mfu"] = tokens_per_second * self._flops_per_token / self._peak
+            values["mfu"] = steps * self._flops_per_step / seconds / self._peak
         return values
 
 
@@ -357,8 +359,9 @@ class Profile:
 def describe(config: RunConfig, trainer: Trainer, step: int, log: Log) -> None:
     count = count_parameters(config.model)
     mesh = ", ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items() if size > 1) or "one device"
+    pictures = f" and {count.vision / 1e6:,.1f} M for pictures" if count.vision else ""
     log.say(
-        f"{config.name}: {count.total / 1e6:,.1f} M parameters, {count.active / 1e6:,.1f} M of them active; "
+        f"{config.name}: {count.total / 1e6:,.1f} M parameters, {count.active / 1e6:,.1f} M of them active{pictures}; "
         f"{config.data.batch_size} x {config.data.seq_len} tokens a step; mesh: {mesh}"
     )
     if step:

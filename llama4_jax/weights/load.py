@@ -197,8 +197,9 @@ _PATTERN = ("moe_interval", "moe_layers", "nope_interval", "rope_layers")  # by 
 def preset_differences(config: ModelConfig) -> list[str]:
     """How a config that was read differs from the presets of its sizes, a line a field, under a line a preset."""
     lines = []
-    config = dataclasses.replace(config, vision=None)  # presets are of the text model
     for name, preset in PRESETS.items():
+        if (config.vision is None) != (preset.vision is None):
+            continue
         if any(getattr(config, size) != getattr(preset, size) for size in _SIZES):
             continue
         if [(s.rope, s.moe) for s in config.layers] == [(s.rope, s.moe) for s in preset.layers]:

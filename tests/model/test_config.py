@@ -43,7 +43,11 @@ def test_scout_scales_its_rope_by_16_with_an_empty_blend():
     )
 
 
-@pytest.mark.parametrize(("name", "total"), [("scout", 107_769_861_120), ("maverick", 400_711_848_960)])
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("scout", 107_769_861_120), ("maverick", 400_711_848_960), ("scout_vision", 108_641_793_536),
+     ("maverick_vision", 401_583_781_376)],
+)  # fmt: skip
 def test_parameter_counts_are_the_published_ones(name, total):
     assert count_parameters(preset(name)).total == total
 
@@ -121,7 +125,7 @@ def test_sizes_that_do_not_fit_are_named(change, message):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown model preset 'scuot': expected one of scout, maverick"):
+    with pytest.raises(ValueError, match="unknown model preset 'scuot': expected one of scout, scout_vision, maverick"):
         preset("scuot")
 
 

@@ -78,7 +78,9 @@ def test_profile_writes_a_trace_that_perfetto_opens(run):
 def test_the_console_tells_what_is_trained_how_it_goes_and_how_to_go_on(run):
     said = (run.parent / "stdout.txt").read_text()
     assert re.search(
-        r"micro: [\d.]+ M parameters, [\d.]+ M of them active; 4 x 32 tokens a step; mesh: one device", said
+        r"micro: [\d.]+ M parameters, [\d.]+ M of them active and [\d.]+ M for pictures; 4 x 32 tokens a step; "
+        r"mesh: one device",
+        said,
     )
     assert re.search(rf"step {STEPS}/{STEPS}  loss [\d.]+  [\d.]+ bits/byte  [\d,]+ tokens/s  MFU \d+%  MaxVio", said)
     assert re.search(rf"step {STEPS}: held-out [\d.]+ bits per byte", said)

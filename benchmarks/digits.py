@@ -1,0 +1,87 @@
+"""How well a model reads: the held-out pages of `configs/tiny_vision.py`, asked about as a user would.
+
+    python train.py tiny_vision
+    python benchmarks/digits.py runs/tiny_vision [docs/digits.png]
+
+Replies are greedy. No scan on these pages was trained on, in any drawing. With a second argument, draws some pages and
+what the model answers.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import llama4_jax
+from llama4_jax.config import from_json
+from llama4_jax.data.digits import PAGE, DigitDocuments
+from llama4_jax.data.documents import Conversation, split
+
+VARIATIONS = 3  # drawings of each held-out scan
+BATCH = 32
+ZOOM = 3
+
+
+def heldout(pairs: bool, fraction: float) -> list[Conversation]:
+    """Each held-out scan in a few drawings."""
+    documents = split(DigitDocuments(pairs=pairs), fraction)[1]
+    scans = len(documents) // 64  # which come in 64 drawings
+    return [documents[i] for i in range(VARIATIONS * scans)]
+
+
+def answers(model, processor, asked: list[Conversation]) -> list[str]:
+    tokenizer, replies = processor.tokenizer, []
+    for start in range(0, len(asked), BATCH):
+        prompts = [processor.prompt(document.messages[:1]) for document in asked[start : start + BATCH]]
+        rows = llama4_jax.generate(
+            model,
+            [prompt.tokens for prompt in prompts],
+            images=[prompt.tiles for prompt in prompts],
+            max_new_tokens=32,
+            stop_ids=tokenizer.stop_ids,
+        )
+        replies += [processor.chat.decode_reply(row).text for row in rows]
+    return replies
+
+
+def draw(rows: list[tuple[Conversation, str]], path: Path) -> None:
+    """Pages, and under each question the model's answer: green if it is right."""
+    font, columns, cell = ImageFont.load_default(size=13), 5, (2 * PAGE * ZOOM + 24, PAGE * ZOOM + 58)
+    sheet = Image.new("RGB", (columns * cell[0], -(-len(rows) // columns) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (document, reply) in enumerate(rows):
+        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
+        *pages, question = document.messages[0].content
+        for j, page in enumerate(pages):
+            sheet.paste(
+                page.source.resize((PAGE * ZOOM,) * 2, Image.Resampling.NEAREST), (x + j * (PAGE * ZOOM + 8), y)
+            )
+        right = reply == document.messages[1].text
+        pen.text((x, y + PAGE * ZOOM + 4), question, fill="black", font=font)
+        pen.text((x, y + PAGE * ZOOM + 22), reply, fill="darkgreen" if right else "firebrick", font=font)
+    sheet.save(path, optimize=True)
+
+
+def main(arguments: list[str]) -> None:
+    run = Path(arguments[0])
+    fraction = from_json((run / "config.json").read_text()).data.heldout_fraction
+    model = llama4_jax.from_pretrained(run, dtype="float32")
+    processor = llama4_jax.Processor.from_pretrained(run)
+    drawn = []
+    print("| question | held-out pages | right |\n|---|---|---|")
+    for pairs, question in ((False, "which digit is this?"), (True, "two pictures, which is larger?")):
+        asked = heldout(pairs, fraction)
+        replies = answers(model, processor, asked)
+        # Of a pair, the last word: first or second.
+        right = [a.split()[-1:] == d.messages[1].text.split()[-1:] for a, d in zip(replies, asked, strict=True)]
+        print(f"| {question} | {len(asked)} | **{np.mean(right):.1%}** |")
+        chosen = np.random.default_rng(0).choice(len(asked), 9, replace=False).tolist()
+        wrong = [i for i, ok in enumerate(right) if not ok][:1]
+        drawn += [(asked[i], replies[i]) for i in (chosen + wrong)[:10]]
+    if len(arguments) > 1:
+        draw(drawn, Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
