@@ -41,26 +41,35 @@ def answers(model, processor, asked: list[Conversation]) -> list[str]:
             max_new_tokens=32,
             stop_ids=tokenizer.stop_ids,
         )
-        replies += [processor.chat.decode_reply(row).text for row in rows]
+        replies += [tokenizer.decode(row, skip_special=True) for row in rows]
     return replies
 
 
-def draw(rows: list[tuple[Conversation, str]], path: Path) -> None:
-    """Pages, and under each question the model's answer: green if it is right."""
-    font, columns, cell = ImageFont.load_default(size=13), 5, (2 * PAGE * ZOOM + 24, PAGE * ZOOM + 58)
-    sheet = Image.new("RGB", (columns * cell[0], -(-len(rows) // columns) * cell[1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (document, reply) in enumerate(rows):
-        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
-        *pages, question = document.messages[0].content
-        for j, page in enumerate(pages):
-            sheet.paste(
-                page.source.resize((PAGE * ZOOM,) * 2, Image.Resampling.NEAREST), (x + j * (PAGE * ZOOM + 8), y)
-            )
-        right = reply == document.messages[1].text
-        pen.text((x, y + PAGE * ZOOM + 4), question, fill="black", font=font)
-        pen.text((x, y + PAGE * ZOOM + 22), reply, fill="darkgreen" if right else "firebrick", font=font)
+def draw(groups: list[list[tuple[Conversation, str]]], path: Path) -> None:
+    """Pages, and under each question the model's answer: green if it is right. A group has as many pages each."""
+    font, page = ImageFont.load_default(size=12), PAGE * ZOOM + 12
+    lines = sum(-(-len(group) * len(_pages(group[0])) // 10) for group in groups)
+    sheet = Image.new("RGB", (10 * page + 6, lines * (page + 46)), "white")
+    pen, y = ImageDraw.Draw(sheet), 6
+    for group in groups:
+        x = 6
+        for document, reply in group:
+            pages, question = _pages((document, reply)), document.messages[0].content[-1]
+            if x + len(pages) * page > sheet.width:
+                x, y = 6, y + page + 46
+            for j, picture in enumerate(pages):
+                large = picture.resize((PAGE * ZOOM, PAGE * ZOOM), Image.Resampling.NEAREST)
+                sheet.paste(large, (x + j * page, y))
+            right = reply == document.messages[1].text
+            pen.text((x, y + page - 8), question, fill="black", font=font)
+            pen.text((x, y + page + 10), reply, fill="darkgreen" if right else "firebrick", font=font)
+            x += len(pages) * page
+        y += page + 46
     sheet.save(path, optimize=True)
+
+
+def _pages(answered: tuple[Conversation, str]) -> list[Image.Image]:
+    return [part.source for part in answered[0].messages[0].content[:-1]]
 
 
 def main(arguments: list[str]) -> None:
@@ -78,7 +87,7 @@ def main(arguments: list[str]) -> None:
         print(f"| {question} | {len(asked)} | **{np.mean(right):.1%}** |")
         chosen = np.random.default_rng(0).choice(len(asked), 9, replace=False).tolist()
         wrong = [i for i, ok in enumerate(right) if not ok][:1]
-        drawn += [(asked[i], replies[i]) for i in (chosen + wrong)[:10]]
+        drawn.append([(asked[i], replies[i]) for i in (chosen + wrong)[:10]])
     if len(arguments) > 1:
         draw(drawn, Path(arguments[1]))
 

@@ -25,9 +25,9 @@ def config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=50),
         balance=BalanceConfig(bias_rate=1e-3),
-        steps=1000,
-        eval_every=250,
+        steps=800,
+        eval_every=200,
         eval_batches=32,
-        checkpoint_every=250,
+        checkpoint_every=200,
         sample_prompt="Return ",
     )

@@ -66,11 +66,13 @@ class DigitDocuments(Documents):
 def draw_page(scan: Float[np.ndarray, "8 8"], rng: np.random.Generator) -> Image.Image:
     """A page with this digit somewhere on it, between two lines of print; RGB."""
     page = Image.new("L", (PAGE, PAGE), int(rng.integers(225, 256)))
-    draw = ImageDraw.Draw(page)
     ink = int(rng.integers(0, 90))
     for y in (int(rng.integers(-3, -1)), PAGE - _MARGIN - int(rng.integers(0, 2))):
-        line = " ".join(rng.choice(_WORDS, 3))
-        draw.text((int(rng.integers(-6, 3)), y), line, fill=ink, font=_font())
+        x = int(rng.integers(-6, 3))
+        for word in rng.integers(0, len(_WORDS), 3):
+            ink_of_word = _print(int(word))
+            page.paste(ink, (x, y), ink_of_word)
+            x += ink_of_word.width + 3
     side = int(rng.integers(*_DIGIT))
     stroke = Image.fromarray((scan * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     x, y = (PAGE - side) // 2 + rng.integers(-5, 6), rng.integers(_MARGIN, PAGE - _MARGIN - side + 1)
@@ -78,9 +80,13 @@ def draw_page(scan: Float[np.ndarray, "8 8"], rng: np.random.Generator) -> Image
     return page.convert("RGB")
 
 
-@functools.cache
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=9)
+@functools.cache  # to draw letters takes longer than all the rest
+def _print(word: int) -> Image.Image:
+    """A word as ink, from 0 to 255."""
+    font = ImageFont.load_default(size=9)
+    ink = Image.new("L", (round(font.getlength(_WORDS[word])), 13))
+    ImageDraw.Draw(ink).text((0, 0), _WORDS[word], fill=255, font=font)
+    return ink
 
 
 @functools.cache
