@@ -10,6 +10,7 @@ The model is a run of train.py, or a directory of Hugging Face's or Meta's with 
 all else to stderr. When the arguments or files do not serve, one line says why, and the exit code is 2.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,11 +28,12 @@ from sharding import MeshConfig
 class Model:
     """Which model, and how it is held."""
 
-    model: tyro.conf.Positional[Path]  # directory of a run, or of Hugging Face's
+    model: tyro.conf.Positional[Path]  # directory of a run, or of Hugging Face's or Meta's
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16, but float32 on a CPU, where it is faster
     mesh: MeshConfig = dataclasses.field(
         default_factory=lambda: MeshConfig(data=1)
     )  # one device, or as many as it says
+    template: Literal["meta", "checkpoint"] = "meta"  # of messages: Meta's format, or the directory's Jinja template
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,41 +44,43 @@ class Sampling:
     temperature: float = 0.7  # 0: always the most likely token
     top_p: float = 1.0  # draw among the fewest tokens whose probabilities sum to this
     top_k: int | None = None  # draw among this many of the most likely tokens
-    seed: int = 0
+    seed: int = 0  # of what is drawn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Model, Sampling):
-    """Continue a prompt, writing as it goes. With pictures, tools or a system message, answer it instead: it is then a
-    user's message. Each <|image|> in it is the place of a picture."""
+    """Continue a prompt, writing as it goes. With --image, --tools or --system, answer it instead: it is then a user's
+    message. Each <|image|> in it is the place of an --image."""
 
     prompt: str
     num_samples: int = 1  # made together, written one after another
-    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()  # a picture, or with --frames a clip; may be repeated
-    frames: int = 1  # stills of each clip: an animated picture, or a directory of frames
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()  # a picture, or with --frames a clip
+    frames: int = 1  # at most so many stills of each clip: an animated picture, or a directory of frames
     system: str | None = None  # what the system says first
     tools: Path | None = None  # JSON file: a list of functions that the model may call, as OpenAI's API has them
-    raw: bool = False  # continue the prompt as it is, also with pictures
+    raw: bool = False  # continue the prompt in any case
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(Model, Sampling):
-    """Talk with the model. /help says what can be typed; Ctrl-C stops a reply."""
+    """Talk with the model, a line at a time. /help says what else can be typed; Ctrl-C stops a reply."""
 
-    max_new_tokens: int = 512
-    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()  # pictures for the first message
+    max_new_tokens: int = 512  # of a reply, at most
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()  # a picture, which comes before the first message
     system: str | None = None  # what the system says first
-    tools: Path | None = None  # JSON file: functions that the model may call; you are asked for their results
+    tools: Path | None = None  # JSON file: functions that the model may call, and you are asked for the results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch(Model, Sampling):
-    """Answer a file of requests, a line each, as OpenAI's API has them. The same command goes on where it stopped."""
+    """Answer a file of requests, a line each, as OpenAI's API has them. The same command goes on where it stopped. The
+    exit code is 1 if a line could not be answered; its reply says why."""
 
     in_: Annotated[Path, tyro.conf.arg(name="in")]  # JSON Lines of requests; what they do not say is as the flags here
     out: Path  # JSON Lines of replies
     batch_size: int = 8  # requests answered together
-    temperature: float = 0.0
+    max_new_tokens: int = 512  # of a reply, at most
+    temperature: float = 0.0  # 0: always the most likely token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,12 +113,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def read_processor(options: Model):
+    """The model's processor. It is read fast, and most mistakes show in what it makes, so it comes before the model."""
+    from llama4_jax import Processor
+
+    return Processor.from_pretrained(options.model, template=options.template)
+
+
 def load(options: Model):
-    """The model, the mesh it is on, and its processor."""
+    """The model, and the mesh it is on."""
     import jax
     from absl import logging
 
-    from llama4_jax import Processor, from_pretrained
+    from llama4_jax import from_pretrained
     from sharding import make_mesh
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is opened to be read is read-only
@@ -128,23 +139,21 @@ def load(options: Model):
     if -1 not in options.mesh.shape:
         devices = devices[: options.mesh.named_size]
     mesh = make_mesh(options.mesh, devices)
-    processor = Processor.from_pretrained(options.model)  # it is read fast, and may lack something
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
-    model = from_pretrained(options.model, mesh=mesh, dtype=dtype)
-    return model, mesh, processor
+    return from_pretrained(options.model, mesh=mesh, dtype=dtype), mesh
 
 
 def generate(options: Generate) -> None:
     if options.num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {options.num_samples}.")
     tools = read_tools_file(options.tools)
-    pictures = read_pictures(options.image, options.frames)
-    model, mesh, processor = load(options)
-    import jax
+    pictures = [read_pictures(path, options.frames, name=f"--image {path}") for path in options.image]
+    processor = read_processor(options)
 
     from llama4_jax import generate
+    from llama4_jax.infer.chat import check_sampling
     from llama4_jax.inputs.tokenizer import StreamDecoder
     from llama4_jax.processor import illustrated
 
@@ -155,6 +164,10 @@ def generate(options: Generate) -> None:
         prompt = processor.prompt([*system, user], tools=tools)
     else:
         prompt = processor.text_prompt(options.prompt, images=pictures)
+    check_sampling(**sampling(options))
+    model, mesh = load(options)
+    import jax
+
     shown = "" if answering else options.prompt
     tokenizer = processor.tokenizer
     decoder = StreamDecoder(tokenizer, skip_special=True)
@@ -187,18 +200,23 @@ def generate(options: Generate) -> None:
             text = tokenizer.decode(reply, skip_special=True)
             print(f"--- sample {i} of {options.num_samples}\n{shown}{text}")
     if tools:
+        from llama4_jax.inputs.tool_calls import parse_reply
+
         for reply in replies:
-            say_calls(processor.chat.decode_reply(reply).tool_calls)
+            parsed = parse_reply(tokenizer.decode([t for t in reply if t not in tokenizer.stop_ids]), tools)
+            say_calls(parsed.tool_calls, parsed.problem)
     later = sum(map(len, replies)) - len(replies)
     rate = f", then {later / (finished - first):,.1f} tokens/s" if later else ""
     print(f"[{later + len(replies)} tokens; the first after {first - started:.2f} s{rate}]", file=sys.stderr)
 
 
-def say_calls(calls) -> None:
+def say_calls(calls, problem: str | None) -> None:
     from llama4_jax.infer.chat import written_call
 
     for call in calls:
         print(f"[call: {written_call(call)}]", file=sys.stderr)
+    if problem is not None:
+        print(f"[{problem}]", file=sys.stderr)
 
 
 def sampling(options: Sampling) -> dict:
@@ -212,43 +230,44 @@ def read_tools_file(path: Path | None) -> tuple:
     from llama4_jax.inputs.messages import read_tools
 
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"--tools: no such file: {path}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}.") from error
     return read_tools(value, where=str(path))
 
 
-def read_pictures(paths: tuple[Path, ...], frames: int = 1) -> list:
+def read_pictures(path: Path, frames: int = 1, *, name: str) -> list:
+    """The picture, or up to so many stills of the clip."""
     from llama4_jax.inputs.picture_files import open_frames, open_picture
 
-    if frames > 1:
-        return [still for path in paths for still in open_frames(path, frames, name=f"--image {path}")]
-    return [open_picture(path, name=f"--image {path}") for path in paths]
+    return open_frames(path, frames, name=name) if frames != 1 else [open_picture(path, name=name)]
 
 
 CHAT_HELP = """\
-/image FILE     a picture for the next message, which it comes before
-/system TEXT    begin anew with this system message
-/reset          begin anew
+/image FILE     a picture, which comes before the next message
+/system TEXT    begin anew, with this system message
+/reset          begin anew, with the same system message
 /quit           leave; so does Ctrl-D
 Ctrl-C          stops a reply"""
 
 
 def chat(options: Chat) -> None:
-    tools = read_tools_file(options.tools)
-    pictures = read_pictures(options.image)
-    model, mesh, processor = load(options)
-    import jax
-
     from llama4_jax.infer import chat as infer_chat
     from llama4_jax.inputs.messages import Picture
 
+    tools, system = read_tools_file(options.tools), options.system
+    pictures = [picture for path in options.image for picture in read_pictures(path, name=f"--image {path}")]
+    processor = read_processor(options)
     if pictures and processor.pictures is None:
         raise ValueError(f"--image {options.image[0]}: a picture was given, but this model reads text alone.")
-    conversation = infer_chat.Chat(model, processor, system=options.system, tools=tools, **sampling(options))
-    print(f"{options.model}: {CHAT_HELP.splitlines()[0].split()[0]}, /system, /reset, /quit, /help", file=sys.stderr)
+    infer_chat.check_sampling(**sampling(options))
+    model, mesh = load(options)
+    import jax
+
+    conversation = infer_chat.Chat(model, processor, system=system, tools=tools, **sampling(options))
+    print(f"{options.model}: /image, /system, /reset, /quit, /help", file=sys.stderr)
 
     def show(event) -> None:
         if isinstance(event, str):
@@ -256,62 +275,62 @@ def chat(options: Chat) -> None:
             sys.stdout.flush()
 
     with jax.set_mesh(mesh):
-        while True:
-            line = ask(f"({len(pictures)} picture{'s' * (len(pictures) > 1)}) > " if pictures else "> ")
-            command, _, rest = (line or "/quit").strip().partition(" ")
+        while (line := ask(f"[pictures: {len(pictures)}] > " if pictures else "> ")) is not None:
+            command, _, rest = line.strip().partition(" ")
             try:
                 match command:
                     case "":
-                        continue
-                    case "/quit" | "/exit":
+                        pass
+                    case "/quit":
                         return
                     case "/help":
                         print(CHAT_HELP, file=sys.stderr)
-                    case "/reset":
-                        conversation.reset(options.system)
-                        pictures = []
-                    case "/system":
-                        conversation.reset(rest or None)
+                    case "/reset" | "/system":
+                        if command == "/system":
+                            system = rest.strip() or None
+                        conversation.reset(system)
                         pictures = []
                     case "/image":
                         if processor.pictures is None:
-                            raise ValueError("this model reads text alone.")
-                        pictures += read_pictures((Path(rest.strip()).expanduser(),))
+                            raise ValueError("/image: this model reads text alone.")
+                        if not rest.strip():
+                            raise ValueError("/image should be followed by the path of a picture.")
+                        path = Path(rest.strip()).expanduser()
+                        pictures += read_pictures(path, name=f"/image {path}")
                     case _ if command.startswith("/") and command[1:].isalpha():
-                        print(f"there is no {command}; /help says what there is", file=sys.stderr)
+                        raise ValueError(f"there is no {command}; /help says what there is.")
                     case _:
-                        said = [*map(Picture, pictures), line.rstrip("\n")]
-                        reply = conversation.say(*said, on_event=show)
+                        reply = conversation.say(*map(Picture, pictures), line, on_event=show)
                         pictures = []
                         end_reply(reply)
                         while reply.finish_reason == "tool_calls":
-                            results = []
-                            for call in reply.message.tool_calls:
-                                result = ask(f"{infer_chat.written_call(call)} → ")
-                                if result is None:
-                                    return
-                                results.append(result.strip())
+                            results = [ask("  its result: ") for _ in reply.message.tool_calls]
+                            if None in results:
+                                return
                             reply = conversation.answer(results, on_event=show)
                             end_reply(reply)
             except (ValueError, OSError) as error:
                 print(f"infer.py: {error}", file=sys.stderr)
+            except KeyboardInterrupt:  # before the first word of a reply was asked for
+                print("[stopped]", file=sys.stderr)
 
 
 def end_reply(reply) -> None:
     print(flush=True)
+    say_calls(reply.message.tool_calls, reply.problem)
     if reply.finish_reason == "interrupted":
         print("[stopped]", file=sys.stderr)
     elif reply.finish_reason == "length":
-        print("[cut off: --max-new-tokens, or the context, is full]", file=sys.stderr)
-    if reply.problem is not None:
-        print(f"[this looks like a call, and is none: {reply.problem}]", file=sys.stderr)
+        print("[cut off: --max-new-tokens are reached, or the context is full]", file=sys.stderr)
 
 
 def ask(prompt: str) -> str | None:
     """A line that the user types; None at the end of the input. Ctrl-C here takes back what was typed."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # it gives `input` the arrow keys, and is not on every system
     while True:
         try:
-            return input(prompt if sys.stdin.isatty() else "")
+            return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return None
         except KeyboardInterrupt:
@@ -319,26 +338,19 @@ def ask(prompt: str) -> str | None:
 
 
 def batch(options: Batch) -> int:
-    if not options.in_.is_file():
-        raise FileNotFoundError(f"--in: no such file: {options.in_}")
-    model, mesh, processor = load(options)
-    import jax
+    from llama4_jax.infer.batch import answer_file, check_files
 
-    from llama4_jax.infer.batch import answer_file
+    how = {"batch_size": options.batch_size, **sampling(options)}
+    check_files(options.in_, options.out, **how)
+    processor = read_processor(options)
+    model, mesh = load(options)
+    import jax
 
     def report(progress) -> None:
         print(f"{progress.done + progress.earlier} answered, {progress.errors} of them by an error", file=sys.stderr)
 
     with jax.set_mesh(mesh):
-        done = answer_file(
-            model,
-            processor,
-            options.in_,
-            options.out,
-            batch_size=options.batch_size,
-            report=report,
-            **sampling(options),
-        )
+        done = answer_file(model, processor, options.in_, options.out, report=report, **how)
     before = f", {done.earlier} of them before" if done.earlier else ""
     print(f"{options.out}: {done.done + done.earlier} replies{before}, {done.errors} errors")
     return 1 if done.errors else 0
@@ -346,8 +358,8 @@ def batch(options: Batch) -> int:
 
 def score(options: Score) -> None:
     text = read_text(options.file)
-    model, mesh, processor = load(options)
-    tokenizer = processor.tokenizer
+    tokenizer = read_processor(options).tokenizer
+    model, mesh = load(options)
     import jax
 
     from llama4_jax.infer.score import bits_per_byte, by_position, score

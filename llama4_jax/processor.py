@@ -10,7 +10,7 @@ All of it is numpy; nothing here touches a device.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -18,11 +18,16 @@ from jaxtyping import Int32, UInt8
 from llama4_jax.inputs.chat import ChatFormat
 from llama4_jax.inputs.image import ImageConfig, picture_tokens, tile_picture
 from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages
-from llama4_jax.inputs.picture_files import open_picture
+from llama4_jax.inputs.picture_files import Source, open_picture
 from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.config import VisionConfig
 
+if TYPE_CHECKING:
+    from llama4_jax.inputs.chat_template import ChatTemplate
+
 IMAGE = "<|image|>"
+
+Template = Literal["meta", "checkpoint"]
 
 
 class Prompt(NamedTuple):
@@ -47,22 +52,36 @@ class Processor:
     - chat: how messages become tokens
     """
 
-    def __init__(self, tokenizer: Tokenizer, pictures: ImageConfig | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        pictures: ImageConfig | None = None,
+        chat: "ChatFormat | ChatTemplate | None" = None,
+    ):
         self.tokenizer = tokenizer
         self.pictures = pictures
-        self.chat = ChatFormat(tokenizer)
+        self.chat = ChatFormat(tokenizer) if chat is None else chat
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Processor":
+    def from_pretrained(cls, path: str | Path, *, template: Template = "meta") -> "Processor":
         """The processor for the model in a directory, of any format that `llama4_jax.from_pretrained` takes.
 
-        Raises as `open_config` and `load_tokenizer`, and ValueError if the model's `<|patch|>` is not the tokenizer's.
+        - template: how messages become tokens: "meta", Meta's format, or "checkpoint", the Jinja template in the
+          directory (`inputs.chat_template` says how Hugging Face's differs)
+
+        Raises as `open_config` and `load_tokenizer`, and ValueError if the model's `<|patch|>` is not the tokenizer's,
+        or if what the directory says of pictures cannot be.
         """
         from llama4_jax.weights.source import open_config
 
         path = Path(path)
-        tokenizer, vision = load_tokenizer(path), open_config(path).vision
-        return cls(tokenizer, None if vision is None else image_config(vision, tokenizer, **_cutting(path)))
+        vision, tokenizer = open_config(path).vision, load_tokenizer(path)
+        pictures = None if vision is None else image_config(vision, tokenizer, **_cutting(path))
+        if template == "meta":
+            return cls(tokenizer, pictures)
+        from llama4_jax.inputs.chat_template import ChatTemplate  # Jinja is not needed otherwise
+
+        return cls(tokenizer, pictures, ChatTemplate.from_pretrained(path, tokenizer))
 
     def __call__(
         self,
@@ -94,6 +113,8 @@ class Processor:
         Raises ValueError naming the message or picture that is wrong, for pictures without a place and places without a
         picture, and for pictures if the model reads text alone; FileNotFoundError for one that is not there.
         """
+        if not isinstance(images, list | tuple):
+            raise ValueError(f"images should be a list of pictures, and is a {type(images).__name__}.")
         said = read_messages(messages)
         places = [
             (part.source, f"messages[{i}].content[{j}]")
@@ -102,10 +123,15 @@ class Processor:
             if isinstance(part, Picture)
         ]
         free = [where for source, where in places if source is None]
-        if len(free) != len(images):
+        if len(free) > len(images):
             raise ValueError(
-                f"images has {len(images)} pictures, and the messages have {len(free)} places for them "
-                f'({{"type": "image"}}): each picture needs a place, and each place a picture.'
+                f"{free[len(images)]} is the place of a picture, and there is none for it: the messages have "
+                f"{len(free)} such places, and images has {len(images)} pictures."
+            )
+        if len(images) > len(free):
+            raise ValueError(
+                f'images[{len(free)}] has no place: the messages have {len(free)} ({{"type": "image"}}), and images '
+                f"has {len(images)} pictures."
             )
         given = iter(enumerate(images))
         sources = []
@@ -119,12 +145,14 @@ class Processor:
         return Prompt(rendered.tokens, tiles)
 
     def text_prompt(self, text: str, *, images: Sequence[Any] = ()) -> Prompt:
-        """A text to be continued, as tokens and tiles. Each `<|image|>` in it is the place of a picture.
+        """A text to be continued, as tokens and tiles. Each `<|image|>` in it is the place of a picture, or of a list
+        of them.
 
         Raises ValueError for pictures without a place and places without a picture, and as `prompt`.
         """
         content = illustrated(text, images)
-        tokens, tiles = self._open([(part.source, f"images[{i}]") for i, part in enumerate(content[1::2])])
+        pictures = [part.source for part in content if isinstance(part, Picture)]
+        tokens, tiles = self._open([(source, f"images[{i}]") for i, source in enumerate(pictures)])
         rest = iter(tokens)
         ids = [self.tokenizer.bos_id]
         for part in content:
@@ -139,6 +167,8 @@ class Processor:
             raise ValueError(f"{sources[0][1]}: a picture was given, but this model reads text alone.")
         found, tiles = [], []
         for source, where in sources:
+            if not isinstance(source, Source):
+                raise ValueError(f"{where} should be a path, bytes, a PIL image or an array, and is {source!r:.60}.")
             cut = tile_picture(open_picture(source, name=where), self.pictures)
             found.append(
                 picture_tokens(cut.rows, cut.cols, self.pictures.tokens_per_tile, self.tokenizer.special_tokens)
@@ -148,9 +178,9 @@ class Processor:
 
 
 def illustrated(text: str, images: Sequence[Any]) -> list[str | Picture]:
-    """The text with a picture in the place of each `<|image|>`: text, picture, text … text.
+    """The text with a picture in the place of each `<|image|>`, or several, where `images` has a list of them.
 
-    Raises ValueError unless there is a picture for each place, and a place for each picture.
+    Raises ValueError unless there are pictures for each place, and a place for all pictures.
     """
     texts = text.split(IMAGE)
     if len(texts) - 1 != len(images):
@@ -159,8 +189,9 @@ def illustrated(text: str, images: Sequence[Any]) -> list[str | Picture]:
             f"each picture needs a place, and each place a picture."
         )
     content: list[str | Picture] = [texts[0]]
-    for image, after in zip(images, texts[1:], strict=True):
-        content += [Picture(image), after]
+    for given, after in zip(images, texts[1:], strict=True):
+        content += map(Picture, given if isinstance(given, list) else [given])
+        content.append(after)
     return content
 
 
@@ -175,16 +206,40 @@ def image_config(vision: VisionConfig, tokenizer: Tokenizer, **cutting: Any) -> 
     return ImageConfig(tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile, **cutting)
 
 
+_OF_HUGGING_FACE = {"max_patches": "max_tiles", "resize_to_max_canvas": "resize_to_max_canvas"}
+# A file of the directory, the part of it that says how pictures are cut, and what our names for it are.
+_WHERE_IT_IS_SAID = (
+    ("config.json", "data", {"max_tiles": "max_tiles"}),  # of a run
+    ("processor_config.json", "image_processor", _OF_HUGGING_FACE),  # since transformers 5
+    ("preprocessor_config.json", None, _OF_HUGGING_FACE),
+)
+
+
 def _cutting(path: Path) -> dict[str, Any]:
-    """What a directory says of how pictures are cut: a run's config, or Hugging Face's preprocessor."""
-    found = {}
-    if (file := path / "preprocessor_config.json").is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
-        for key, name in (("max_patches", "max_tiles"), ("resize_to_max_canvas", "resize_to_max_canvas")):
-            if said.get(key) is not None:
-                found[name] = said[key]
-    elif (file := path / "config.json").is_file():
-        data = json.loads(file.read_text(encoding="utf-8")).get("data")
-        if isinstance(data, dict) and "max_tiles" in data:
-            found["max_tiles"] = data["max_tiles"]
-    return found
+    """What a directory says of how pictures are cut, as arguments of `ImageConfig`; Meta's say nothing."""
+    for file, part, names in _WHERE_IT_IS_SAID:
+        said = _read_object(path / file, part)
+        found = {name: said[key] for key, name in names.items() if said.get(key) is not None}
+        tiles, largest = found.get("max_tiles", 1), found.get("resize_to_max_canvas", False)
+        if type(tiles) is not int or tiles < 1:
+            raise ValueError(f"{path / file}: the most tiles of a picture should be a number from 1 on, not {tiles!r}.")
+        if not isinstance(largest, bool):
+            raise ValueError(f"{path / file}: resize_to_max_canvas should be true or false, and is {largest!r}.")
+        if found:
+            return found
+    return {}
+
+
+def _read_object(file: Path, part: str | None) -> dict[str, Any]:
+    """The file's JSON object, or the one that is a part of it; empty if there is none."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}.") from error
+    if part is not None and isinstance(said, dict):
+        said = said.get(part, {})
+    if not isinstance(said, dict):
+        raise ValueError(
+            f"{file if part is None else f'{part} in {file}'} should be a JSON object, and is {said!r:.40}."
+        )
+    return said

@@ -1,14 +1,18 @@
 """Many requests from a file, their replies into another; an interrupted run goes on by the same call.
 
 A request is a line of JSON as OpenAI's API takes it: {"messages": […], "tools": […], "max_tokens": 100, "temperature":
-0.7, "top_p": 0.9, "top_k": 40, "seed": 0}, or with that as "body", as in OpenAI's batches ("custom_id" is kept). The
-reply stands in a line of its own:
+0.7, "top_p": 0.9, "top_k": 40, "seed": 0}, or with that as "body", as in OpenAI's batches ("custom_id" is kept). Paths
+of pictures are relative to the file. The reply stands in a line of its own:
 
-    {"line": 1, "custom_id": …, "message": {"role": "assistant", …}, "finish_reason": "stop", "usage": {…}}
-    {"line": 2, "error": "messages[0].role should be …"}
+    {"line": 1, "custom_id": …, "message": {"role": "assistant", …}, "finish_reason": "stop", "usage": …, "request": …}
+    {"line": 2, "error": "line 2: messages[0].role should be …", "request": …}
+
+"request" tells which request, under which settings, it is the reply to. "problem", if it is there, is why something
+that looks like a call is none.
 
 Requests that follow one another and are sampled alike are answered together. Which ones these are depends on the file
-alone, and so do the numbers that sampling draws: the replies are the same whether the run was interrupted or not.
+and the settings alone, and so do the numbers that sampling draws, which differ from line to line, also for equal lines:
+the replies are the same whether the run was interrupted or not.
 """
 
 import dataclasses
@@ -16,29 +20,33 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama4_jax.infer.chat import check_sampling
 from llama4_jax.infer.generate import generate
-from llama4_jax.infer.sampling import make_sampling
-from llama4_jax.inputs.messages import Picture, Tool, read_messages, read_tools
-from llama4_jax.inputs.tool_calls import parse_reply
+from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages, read_tools
+from llama4_jax.inputs.tokenizer import Tokenizer, utf8
+from llama4_jax.inputs.tool_calls import ParsedReply, parse_reply
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.processor import Processor, Prompt
 
-_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int}
-_READ = ("messages", "tools", "max_tokens", "max_completion_tokens", "model", "stream", "n", "user", *_SAMPLING)
+_SAMPLING = {"temperature": float, "top_p": float, "top_k": int}
+_DEFAULTS = {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 0}
+_LIMITS = ("max_tokens", "max_completion_tokens")  # OpenAI's two names of one thing
+_READ = ("messages", "tools", *_LIMITS, *_SAMPLING, "seed")
+_IGNORED = ("n", "model", "stream", "user")  # of what OpenAI's API takes, what makes no difference here
+_AROUND = ("custom_id", "id", "method", "url")
 
 
 class Request(NamedTuple):
-    """One line that can be answered; or an error, and nothing else."""
+    """One line: what it asks for, and how its reply is sampled; or why it is no request."""
 
     line: int
     custom_id: Any
-    prompt: Prompt | None
-    tools: tuple[Tool, ...]
-    sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`, max_new_tokens among them
+    body: dict[str, Any]
+    sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`; seed is None where the line says none
     error: str | None
 
 
@@ -64,119 +72,190 @@ def answer_file(
 
     - batch_size: requests answered together
     - report: is called after each of these batches
-    - defaults: for requests that do not say: max_new_tokens, temperature, top_p, top_k, seed
+    - defaults: for requests that do not say: max_new_tokens (512), temperature (0), top_p (1), top_k (None), seed (0)
 
-    A line that is no request gets an error as its reply, and the others are answered. Raises FileNotFoundError without
-    a source; ValueError if the destination holds replies to other requests.
+    A line that is no request gets an error as its reply, and the others are answered. Raises as `check_files`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    defaults = {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 0, **defaults}
+    answered = check_files(source, destination, batch_size=batch_size, **defaults)
+    defaults = {**_DEFAULTS, **defaults}
+    lines = _lines(source)
+    digests = {number: _digest(line, defaults) for number, line in lines}
+    _cut_off_half_a_line(destination)
     model = model.unscanned()
-    lines = [(n, line) for n, line in enumerate(source.read_bytes().splitlines(), 1) if line.strip()]
-    digests = {n: _digest(line) for n, line in lines}
-    answered = _answered(destination, digests)
     earlier, done, errors = len(answered), 0, sum(answered.values())
-    context = model.config.context_length
     with destination.open("ab") as out:
-        requests = (_read_request(n, line, processor, context, source.parent, defaults) for n, line in lines)
-        for batch in _batches(requests, batch_size):
-            missing = [request for request in batch if request.line not in answered]
-            if not missing:
+        for batch in _batches((_read(number, line, defaults) for number, line in lines), batch_size):
+            if all(request.line in answered for request in batch):
                 continue
-            replies = _answer(model, processor, batch)
-            wanted = [reply for reply in replies if reply["line"] not in answered]
-            for reply in wanted:
-                reply["request"] = digests[reply["line"]]
-            out.write(b"".join(json.dumps(reply, ensure_ascii=False).encode() + b"\n" for reply in wanted))
+            replies = [
+                {**reply, "request": digests[reply["line"]]}
+                for reply in _answer(model, processor, batch, source.parent, defaults["seed"])
+                if reply["line"] not in answered
+            ]
+            out.write(b"".join(utf8(json.dumps(reply, ensure_ascii=False)) + b"\n" for reply in replies))
             out.flush()
             os.fsync(out.fileno())
-            done += len(wanted)
-            errors += sum("error" in reply for reply in wanted)
+            done += len(replies)
+            errors += sum("error" in reply for reply in replies)
             report(Progress(done, earlier, errors))
     return Progress(done, earlier, errors)
 
 
-def _digest(line: bytes) -> str:
-    return hashlib.blake2b(line.strip(), digest_size=6).hexdigest()
+def check_files(source: Path, destination: Path, *, batch_size: int = 8, **defaults: Any) -> dict[int, bool]:
+    """What `answer_file` can check without a model. Returns the lines that are answered → whether by an error.
 
-
-def _answered(destination: Path, digests: dict[int, str]) -> dict[int, bool]:
-    """Lines that are answered already → whether by an error. A reply that was cut off is taken out of the file."""
+    Raises FileNotFoundError without a source, or a directory for the destination; ValueError for settings out of range,
+    and if the destination is no file, or holds what answers other requests, or the same under other settings.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    defaults = {**_DEFAULTS, **defaults}
+    check_sampling(**defaults)
+    if not source.is_file():
+        raise FileNotFoundError(f"no such file of requests: {source}")
+    if not destination.parent.is_dir():
+        raise FileNotFoundError(f"{destination} cannot be written: there is no directory {destination.parent}")
+    if destination.exists() and not destination.is_file():
+        raise ValueError(f"{destination} cannot be written: it is no file.")
+    digests = {number: _digest(line, defaults) for number, line in _lines(source)}
     found: dict[int, bool] = {}
-    if not destination.exists():
-        return found
-    content = destination.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    for number, text in enumerate(whole.splitlines(), 1):
+    content = destination.read_bytes() if destination.exists() else b""
+    for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
             reply = json.loads(text)
-            line, request = reply["line"], reply["request"]
+            line, request = int(reply["line"]), reply["request"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{destination}, line {number} is no reply of this command: give another --out, or remove it."
             ) from error
-        if digests.get(line) != request:
+        if digests.get(line, "") != request:
             raise ValueError(
-                f"{destination}, line {number} answers another request than line {line} of the input is now: give "
-                f"another --out, or remove it to answer all of them anew."
+                f"{destination}, line {number} answers line {line} of the requests as it was, or under other settings: "
+                f"give another --out, or remove it to answer all of them anew."
             )
         found[line] = "error" in reply
-    if len(whole) < len(content):
-        os.truncate(destination, len(whole))
     return found
 
 
-def _read_request(
-    number: int, line: bytes, processor: Processor, context: int, folder: Path, defaults: dict[str, Any]
-) -> Request:
+def _cut_off_half_a_line(destination: Path) -> None:
+    """What a run wrote last, when it was killed."""
+    if destination.exists():
+        os.truncate(destination, destination.read_bytes().rfind(b"\n") + 1)
+
+
+def _lines(source: Path) -> list[tuple[int, bytes]]:
+    """Numbered from 1; empty ones are none."""
+    return [(n, line) for n, line in enumerate(source.read_bytes().splitlines(), 1) if line.strip()]
+
+
+def _digest(line: bytes, defaults: Mapping[str, Any]) -> str:
+    settings = json.dumps(defaults, sort_keys=True).encode()
+    return hashlib.blake2b(settings + b"\n" + line.strip(), digest_size=6).hexdigest()
+
+
+def _read(number: int, line: bytes, defaults: Mapping[str, Any]) -> Request:
+    """What can be read of a line without opening its pictures. One that cannot be read is sampled as the defaults say,
+    so that it stands in no batch of its own."""
     custom_id = None
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
-            raise ValueError(f"should be a JSON object, and is a {type(row).__name__}.")
+            raise ValueError(f"a request should be a JSON object, and this is {row!r:.40}.")
         custom_id = row.get("custom_id", row.get("id"))
-        body = row.get("body", row)
-        if not isinstance(body, dict):
-            raise ValueError(f"body should be a JSON object, and is a {type(body).__name__}.")
-        unknown = body.keys() - {*_READ, "custom_id", "id", "method", "url"}
-        if unknown:
-            raise ValueError(f"{sorted(unknown)[0]!r} is not known: a request may have {', '.join(_READ)}.")
+        body = row
+        if "body" in row:
+            _only(row, (*_AROUND, "body"), "what stands around a body")
+            body = row["body"]
+            if not isinstance(body, dict):
+                raise ValueError(f"body should be a JSON object, and is {body!r:.40}.")
+        _only(body, (*_READ, *_IGNORED, *_AROUND), "a request")
         if body.get("n") not in (None, 1):
-            raise ValueError(f"n is {body['n']!r}, and only one reply is given: repeat the line with other seeds.")
+            raise ValueError(f"n is {body['n']!r}, and there is one reply to a line: repeat the line with other seeds.")
         sampling = {name: _number(body, name, kind, defaults[name]) for name, kind in _SAMPLING.items()}
-        make_sampling(**{name: sampling[name] for name in ("temperature", "top_p", "top_k")})
-        if not 0 <= sampling["seed"] < 1 << 31:
-            raise ValueError(f"seed must be from 0 to {(1 << 31) - 1}, got {sampling['seed']}.")
-        limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+        sampling["seed"] = _number(body, "seed", int, None)
+        limit = next((name for name in _LIMITS if body.get(name) is not None), _LIMITS[0])
         sampling["max_new_tokens"] = _number(body, limit, int, defaults["max_new_tokens"])
         if sampling["max_new_tokens"] < 1:
             raise ValueError(f"{limit} must be at least 1, got {sampling['max_new_tokens']}.")
-        if "messages" not in body:
-            raise ValueError(f"has no messages, but {', '.join(map(repr, body)) or 'nothing'}.")
-        tools = read_tools(body.get("tools") or [])
-        prompt = processor.prompt(_beside(body["messages"], folder), tools=tools)
-        if len(prompt.tokens) + sampling["max_new_tokens"] > context:
-            raise ValueError(
-                f"the conversation has {len(prompt.tokens)} tokens, which with {limit}={sampling['max_new_tokens']} "
-                f"exceeds the model's context_length of {context}."
-            )
-        return Request(number, custom_id, prompt, tools, tuple(sampling.items()), None)
-    except (ValueError, OSError, RecursionError) as error:
-        said = f"no JSON: {error}" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
-        return Request(number, custom_id, None, (), (), f"line {number}: {said}")
+        check_sampling(**{**sampling, "seed": sampling["seed"] or 0})
+        if body.get("messages") is None:
+            raise ValueError(f"it has no messages, but {', '.join(map(repr, body)) or 'nothing'}.")
+        return Request(number, custom_id, body, tuple(sorted(sampling.items())), None)
+    except (ValueError, RecursionError) as error:
+        no_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
+        said = f"no JSON: {error}" if no_json else str(error)
+        return Request(number, custom_id, {}, tuple(sorted({**defaults, "seed": None}.items())), said)
 
 
-def _number(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+def _only(value: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    for key, said in value.items():
+        if key not in known and said is not None:
+            raise ValueError(f"{key!r} is not known: {what} may have {', '.join(known)}.")
+
+
+def _number(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
-        raise ValueError(f"{name} should be a number, and is {value!r:.40}.")
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 63
+    if not fits or (kind is int and value != int(value)):
+        raise ValueError(f"{name} should be {'a whole number' if kind is int else 'a number'}, and is {value!r:.40}.")
     return kind(value)
 
 
-def _beside(messages: Any, folder: Path) -> Any:
+def _batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    """Requests that follow one another and are sampled alike, so many at most."""
+    for _, alike in itertools.groupby(requests, key=lambda request: request.sampling):
+        while batch := list(itertools.islice(alike, size)):
+            yield batch
+
+
+def _answer(
+    model: Llama4, processor: Processor, batch: Sequence[Request], folder: Path, seed: int
+) -> list[dict[str, Any]]:
+    """The replies, in order."""
+    replies: dict[int, dict[str, Any]] = {}
+    asked: list[tuple[Request, Prompt, tuple[Tool, ...]]] = []
+    for request in batch:
+        replies[request.line] = {"line": request.line}
+        if request.custom_id is not None:
+            replies[request.line]["custom_id"] = request.custom_id
+        try:
+            if request.error is not None:
+                raise ValueError(request.error)
+            asked.append((request, *_prompt(request, processor, folder, model.config.context_length)))
+        except (ValueError, OSError, RecursionError) as error:
+            replies[request.line]["error"] = f"line {request.line}: {error}"
+    sampling = dict(batch[0].sampling)
+    if sampling["seed"] is None:
+        sampling["seed"] = (seed + batch[0].line) % (1 << 31)
+    rows = generate(
+        model,
+        [prompt.tokens for _, prompt, _ in asked],
+        images=[prompt.tiles for _, prompt, _ in asked],
+        stop_ids=processor.tokenizer.stop_ids,
+        **sampling,
+    )
+    for (request, prompt, tools), row in zip(asked, rows, strict=True):
+        replies[request.line] |= _reply(row, request.line, tools, processor.tokenizer)
+        replies[request.line]["usage"] = {"prompt_tokens": len(prompt.tokens), "completion_tokens": len(row)}
+    return list(replies.values())
+
+
+def _prompt(request: Request, processor: Processor, folder: Path, context: int) -> tuple[Prompt, tuple[Tool, ...]]:
+    tools = request.body.get("tools")
+    tools = () if tools is None else read_tools(tools)
+    prompt = processor.prompt(_beside(request.body["messages"], folder), tools=tools)
+    new = dict(request.sampling)["max_new_tokens"]
+    if len(prompt.tokens) + new > context:
+        raise ValueError(
+            f"the conversation has {len(prompt.tokens)} tokens, and with {new} new ones it exceeds the model's "
+            f"context_length of {context}: shorten it, or lower max_tokens."
+        )
+    return prompt, tools
+
+
+def _beside(messages: Any, folder: Path) -> list[Message]:
     """Paths of pictures are relative to the file of requests."""
 
     def beside(part: str | Picture) -> str | Picture:
@@ -185,47 +264,21 @@ def _beside(messages: Any, folder: Path) -> Any:
     return [dataclasses.replace(m, content=tuple(map(beside, m.content))) for m in read_messages(messages)]
 
 
-def _batches(requests: Iterator[Request], size: int) -> Iterator[list[Request]]:
-    """Requests that follow one another and are sampled alike, so many at most."""
-    for _, alike in itertools.groupby(requests, key=lambda request: (request.sampling, request.error is None)):
-        while batch := list(itertools.islice(alike, size)):
-            yield batch
-
-
-def _answer(model: Llama4, processor: Processor, batch: Sequence[Request]) -> list[dict[str, Any]]:
-    if batch[0].error is not None:
-        return [_reply(request, error=request.error) for request in batch]
-    tokenizer = processor.tokenizer
-    rows = generate(
-        model,
-        [request.prompt.tokens for request in batch],
-        images=[request.prompt.tiles for request in batch],
-        stop_ids=tokenizer.stop_ids,
-        **dict(batch[0].sampling),
-    )
-    replies = []
-    for request, row in zip(batch, rows, strict=True):
-        stopped = row[-1] in tokenizer.stop_ids
-        parsed = parse_reply(tokenizer.decode(row[:-1] if stopped else row), request.tools)
-        message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
-        if parsed.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": f"call_{request.line}_{i}",
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-                }
-                for i, call in enumerate(parsed.tool_calls)
-            ]
-        reason = ("tool_calls" if parsed.tool_calls else "stop") if stopped else "length"
-        usage = {"prompt_tokens": len(request.prompt.tokens), "completion_tokens": len(row)}
-        reply = _reply(request, message=message, finish_reason=reason, usage=usage)
-        if parsed.problem is not None:
-            reply["problem"] = parsed.problem
-        replies.append(reply)
-    return replies
-
-
-def _reply(request: Request, **fields: Any) -> dict[str, Any]:
-    named = {} if request.custom_id is None else {"custom_id": request.custom_id}
-    return {"line": request.line, **named, **fields}
+def _reply(row: Sequence[int], line: int, tools: tuple[Tool, ...], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the tokens of a row say, as OpenAI's API gives it."""
+    stopped = row[-1] in tokenizer.stop_ids
+    text = tokenizer.decode(row[:-1] if stopped else row)
+    parsed = parse_reply(text, tools) if tools else ParsedReply(text, (), None)
+    message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+    if parsed.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": f"call_{line}_{i}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            }
+            for i, call in enumerate(parsed.tool_calls)
+        ]
+    reason = ("tool_calls" if parsed.tool_calls else "stop") if stopped else "length"
+    problem = {} if parsed.problem is None else {"problem": parsed.problem}
+    return {"message": message, "finish_reason": reason, **problem}

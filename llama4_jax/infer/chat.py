@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama4_jax.infer.generate import generate
+from llama4_jax.infer.sampling import make_sampling
 from llama4_jax.inputs.messages import Message, Picture, Tool, ToolCall, read_tools
 from llama4_jax.inputs.tokenizer import StreamDecoder
 from llama4_jax.inputs.tool_calls import ReplyStream, problem_with
@@ -26,7 +27,8 @@ class Reply:
     """One message of the assistant.
 
     - tokens: how many it took
-    - finish_reason: "stop", "tool_calls", "length" (max_new_tokens was reached) or "interrupted"
+    - finish_reason: "stop", "tool_calls", "length" (max_new_tokens was reached, or the context is full) or
+      "interrupted" (by Ctrl-C)
     - problem: why something that looks like a call is none
     """
 
@@ -40,8 +42,13 @@ class Chat:
     """A conversation.
 
     - messages: so far, the system's included
-    - tools: that the model may call; `functions` run them, by name, with the call's arguments
-    - sampling: arguments of `generate`, such as max_new_tokens, temperature, top_p, seed
+    - tools: that the model may call; without any, all that it writes is text
+    - functions: what runs a tool, by its name, with the call's arguments. It returns text, or anything that JSON can
+      hold; what it raises is told to the model
+    - sampling: arguments of `generate`: max_new_tokens (512), temperature, top_p, top_k, and the seed of the first
+      reply; each after it has the next
+
+    Raises ValueError for tools that are none, for a function without a tool, and as `check_sampling`.
     """
 
     def __init__(
@@ -58,11 +65,13 @@ class Chat:
         self.processor = processor
         self.tools = read_tools(tools)
         self.functions = dict(functions or {})
-        self.sampling = {"max_new_tokens": 512, **sampling}
-        self.messages: list[Message] = []
-        self.reset(system)
+        self.sampling = {"max_new_tokens": 512, "seed": 0, **sampling}
+        check_sampling(**self.sampling)
         for name in self.functions.keys() - {tool.name for tool in self.tools}:
             raise ValueError(f"functions has {name!r}, which no tool declares: describe it in tools.")
+        self.messages: list[Message] = []
+        self._replies = 0
+        self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
         """Forgets everything; begins with this system message, if there is one."""
@@ -77,14 +86,13 @@ class Chat:
         """The user speaks, and the assistant answers; calls of `functions` are run and answered, so many times at most.
 
         `on_event` is given text as it is written, and each call. Ctrl-C stops the reply: what was written stays.
-        Returns the last message of the assistant, which may hold calls that no function answers; `answer` goes on.
+        Returns the last message of the assistant. If its finish_reason is "tool_calls", one of its calls is of no
+        function, or the rounds are used up: `answer` goes on.
 
         Raises ValueError, with the conversation as it was before, for pictures that cannot be read, and if the
         conversation has grown longer than the model's context.
         """
-        before = list(self.messages)
-        self.messages.append(Message("user", content))
-        return self._go_on(before, on_event, max_rounds)
+        return self._go_on([Message("user", content)], on_event, max_rounds)
 
     def answer(
         self,
@@ -93,26 +101,33 @@ class Chat:
         on_event: Callable[[Event], None] = lambda event: None,
         max_rounds: int = 8,
     ) -> Reply:
-        """The results of the last message's calls, in their order: text, or anything that JSON can hold."""
-        calls = self.messages[-1].tool_calls if self.messages else ()
-        if len(results) != len(calls):
-            raise ValueError(f"{len(results)} results were given for {len(calls)} calls: give one for each.")
-        before = list(self.messages)
-        self.messages += [_result(result) for result in results]
-        return self._go_on(before, on_event, max_rounds)
+        """The results of the last message's calls, in their order: text, or anything that JSON can hold.
 
-    def _go_on(self, before: list[Message], on_event: Callable[[Event], None], max_rounds: int) -> Reply:
+        Else as `say`. Raises ValueError also unless there is one result for each call.
+        """
+        calls = self.messages[-1].tool_calls if self.messages else ()
+        if not calls or len(results) != len(calls):
+            raise ValueError(f"{len(results)} results were given for {len(calls)} calls: give one for each.")
+        return self._go_on([Message("tool", (_text(result),)) for result in results], on_event, max_rounds)
+
+    def _go_on(self, new: list[Message], on_event: Callable[[Event], None], max_rounds: int) -> Reply:
+        before = list(self.messages)
         try:
+            self.messages += new
             reply = self._reply(on_event)
-        except ValueError:
+            for _ in range(max_rounds):
+                calls = reply.message.tool_calls
+                if reply.finish_reason != "tool_calls" or any(call.name not in self.functions for call in calls):
+                    break
+                try:
+                    results = [self._run(call) for call in calls]
+                except KeyboardInterrupt:
+                    return dataclasses.replace(reply, finish_reason="interrupted")
+                self.messages += [Message("tool", (result,)) for result in results]
+                reply = self._reply(on_event)
+        except BaseException:
             self.messages = before
             raise
-        for _ in range(max_rounds):
-            calls = reply.message.tool_calls
-            if reply.finish_reason == "interrupted" or not calls or any(c.name not in self.functions for c in calls):
-                break
-            self.messages += [_result(self._run(call)) for call in calls]
-            reply = self._reply(on_event)
         return reply
 
     def _reply(self, on_event: Callable[[Event], None]) -> Reply:
@@ -123,7 +138,7 @@ class Chat:
         content: list[str] = []
         calls: list[ToolCall] = []
 
-        def take(events: list[Event]) -> None:
+        def show(events: list[Event]) -> None:
             for event in events:
                 if isinstance(event, str):
                     content.append(event)
@@ -131,9 +146,12 @@ class Chat:
                     calls.append(event)
                 on_event(event)
 
-        def feed(gained: list[list[int]]) -> None:
+        def read(text: str) -> None:
+            show(stream.feed(text) if self.tools else [text] if text else [])
+
+        def take(gained: list[list[int]]) -> None:
             written.extend(gained[0])
-            take(stream.feed(decoder.feed(*(t for t in gained[0] if t not in tokenizer.stop_ids))))
+            read(decoder.feed(*(token for token in gained[0] if token not in tokenizer.stop_ids)))
 
         room = self.model.config.context_length - len(tokens)
         if room < 1:
@@ -141,33 +159,53 @@ class Chat:
                 f"the conversation has {len(tokens)} tokens, and the model's context_length is "
                 f"{self.model.config.context_length}: begin a new one."
             )
-        sampling = {**self.sampling, "max_new_tokens": min(self.sampling["max_new_tokens"], room)}
+        limit = min(self.sampling["max_new_tokens"], room)
+        seed = (self.sampling["seed"] + self._replies) % (1 << 31)
+        sampling = {**self.sampling, "max_new_tokens": limit, "seed": seed}
+        self._replies += 1
         try:
-            generate(self.model, [tokens], images=[tiles], stop_ids=tokenizer.stop_ids, on_tokens=feed, **sampling)
+            generate(self.model, [tokens], images=[tiles], stop_ids=tokenizer.stop_ids, on_tokens=take, **sampling)
             reason = "stop" if written[-1] in tokenizer.stop_ids else "length"
         except KeyboardInterrupt:
             reason = "interrupted"
-        take(stream.feed(decoder.flush()))
-        take(stream.flush())
+        read(decoder.flush())
+        show(stream.flush())
         if calls and reason == "stop":
             reason = "tool_calls"
         message = Message("assistant", tuple(filter(None, ["".join(content)])), tuple(calls))
         self.messages.append(message)
         return Reply(message, len(written), reason, stream.problem)
 
-    def _run(self, call: ToolCall) -> Any:
+    def _run(self, call: ToolCall) -> str:
         problem = problem_with(call, self.tools)
         if problem is not None:
-            return {"error": problem}
+            return _text({"error": problem})
         try:
-            return self.functions[call.name](**call.arguments)
+            return _text(self.functions[call.name](**call.arguments))
         except Exception as error:  # the model is told, and may try again; the conversation goes on
-            return {"error": f"{type(error).__name__}: {error}"}
+            return _text({"error": f"{type(error).__name__}: {error}"})
 
 
-def _result(result: Any) -> Message:
-    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-    return Message("tool", (text,))
+def _text(result: Any) -> str:
+    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+
+
+def check_sampling(
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Raises ValueError for numbers that `generate` would refuse, before there is a model or a prompt."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if not 0 <= seed < 1 << 31:
+        raise ValueError(f"seed must be from 0 to {(1 << 31) - 1}, got {seed}.")
+    if top_k is not None and top_k >= 1 << 31:
+        raise ValueError(f"top_k must be below {1 << 31}, got {top_k}.")
+    make_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def written_call(call: ToolCall) -> str:

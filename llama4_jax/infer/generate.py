@@ -35,7 +35,7 @@ _TOKENS_PER_CALL = 32
 _SECONDS_BETWEEN_REPORTS = 0.1  # to `on_tokens`, about
 _NOTHING = -1  # in place of a token, in a row that has stopped
 
-Tiles = UInt8[np.ndarray, "tiles S S c"] | Float[np.ndarray, "tiles S S c"]
+Tiles = UInt8[np.ndarray, "_ S S c"] | Float[np.ndarray, "_ S S c"]
 
 
 def generate(
@@ -162,7 +162,7 @@ def _check_images(
 
 
 def _encode_all(graphdef, state, images: list[Tiles]) -> Float[Array, "patches D"] | None:
-    """The features of all rows' tiles, one row after another; None if there are none."""
+    """The features of all rows' tiles, one row after another, and then perhaps of padding; None if there are none."""
     tiles = np.concatenate(images) if images else ()
     if not len(tiles):
         return None
@@ -170,8 +170,7 @@ def _encode_all(graphdef, state, images: list[Tiles]) -> Float[Array, "patches D
     for start in range(0, len(tiles), _TILES):
         piece = tiles[start : start + _TILES]
         padding = np.zeros((_rounded(len(piece), 1) - len(piece), *piece.shape[1:]), piece.dtype)
-        encoded = _encode(graphdef, state, np.concatenate([piece, padding])[None])[0]
-        features.append(encoded[: len(piece) * (len(encoded) // (len(piece) + len(padding)))])
+        features.append(_encode(graphdef, state, np.concatenate([piece, padding])[None])[0])
     return jnp.concatenate(features)
 
 

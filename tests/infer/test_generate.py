@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from micro_run import PICTURES, picture_model, picture_processor
 from oracles import hf, ours
 from oracles.cases import MAVERICK, SCOUT, Case, tokens
 
@@ -163,3 +164,106 @@ def test_what_cannot_be_generated_is_said_before_anything_is_computed(model, mon
 def test_the_last_position_of_the_context_can_be_reached(model):
     prompt = tokens(CASE, batch=1, length=1020)[0].tolist()
     assert len(llama4_jax.generate(model, [prompt], max_new_tokens=4)[0]) == 4
+
+
+PATCH, SIDE = PICTURES.vision.patch_token_id, PICTURES.vision.image_size
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    return picture_model()
+
+
+def seen(seed=0):
+    """Prompts and their tiles: with one picture, without, with three, and a long one."""
+    rng = np.random.default_rng(seed)
+    processor = picture_processor(max_tiles=8)
+
+    def picture(rows, cols):
+        return rng.integers(0, 256, (rows * SIDE, cols * SIDE, 3), np.uint8)
+
+    def words(length):
+        return "".join(map(chr, rng.integers(97, 123, length)))
+
+    return [
+        processor.text_prompt("<|image|>" + words(20), images=[picture(1, 1)]),
+        processor.text_prompt(words(30)),
+        processor.text_prompt(
+            f"<|image|>{words(8)}<|image|> <|image|>{words(5)}", images=[picture(2, 3), picture(1, 1), picture(1, 2)]
+        ),
+        # begin_of_text, 507 letters, image_start, image, and four patches, of which two are in the second piece
+        processor.text_prompt(words(507) + "<|image|>" + words(12), images=[picture(1, 1)]),
+    ]
+
+
+def rows_of(prompts):
+    return {"prompts": [prompt.tokens for prompt in prompts], "images": [prompt.tiles for prompt in prompts]}
+
+
+def test_prompts_with_pictures_are_continued_as_forward_passes_over_everything_say(seeing):
+    prompts = seen()
+    assert [0 if p.tiles is None else len(p.tiles) for p in prompts] == [1, 0, 7 + 1 + 3, 1]
+    assert prompts[3].tokens[511:513] == [PATCH, PATCH]
+    replies = generate(seeing, **rows_of(prompts), max_new_tokens=40)
+    longest, most = 600, 11
+    tokens = np.zeros((4, longest), np.int32)
+    tiles = np.zeros((4, most, SIDE, SIDE, 3), np.uint8)
+    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        whole = [*prompt.tokens, *reply]
+        tokens[row, : len(whole)] = whole
+        if prompt.tiles is not None:
+            tiles[row, : len(prompt.tiles)] = prompt.tiles
+    likeliest = np.argmax(jax.jit(seeing)(tokens, images=tiles), axis=-1)
+    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        start = len(prompt.tokens) - 1
+        assert reply == likeliest[row, start : start + 40].tolist()
+        assert len(set(reply)) > 3  # not the same token again and again
+    other = [prompt._replace(tiles=None if prompt.tiles is None else 255 - prompt.tiles) for prompt in prompts]
+    changed = [a != b for a, b in zip(generate(seeing, **rows_of(other), max_new_tokens=40), replies, strict=True)]
+    assert changed == [True, False, True, True]
+
+
+def test_other_pictures_of_as_many_tiles_compile_nothing(seeing, caplog):
+    functions = (module._encode, module._prefill, module._decode)
+    first, other = seen(), seen(seed=1)
+    generate(seeing, **rows_of(first), max_new_tokens=8)
+    sizes = [f._cache_size() for f in functions]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        generate(seeing, **rows_of(other), max_new_tokens=8)
+        assert not [record for record in caplog.records if "ompil" in record.getMessage()]
+    # 14 tiles are padded to 8 and 8, as 13 were
+    more = picture_processor().text_prompt("<|image|><|image|>", images=[np.zeros((9, 9, 3), np.uint8)] * 2)
+    generate(seeing, **rows_of([more, *other[1:]]), max_new_tokens=8)
+    assert [f._cache_size() for f in functions] == sizes
+
+
+def test_a_mesh_changes_nothing_of_what_is_seen(seeing):
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, expert=2))
+    model = placed(picture_model(), mesh)
+    expected = [generate(seeing, **rows_of(seen(seed)), max_new_tokens=1) for seed in range(3)]
+    assert len({reply[0] for replies in expected for reply in replies}) > 8
+    with jax.set_mesh(mesh):
+        assert [generate(model, **rows_of(seen(seed)), max_new_tokens=1) for seed in range(3)] == expected
+
+
+def test_pictures_that_do_not_fit_the_prompts_are_said_before_anything_is_computed(model, seeing, monkeypatch):
+    for name in ("_encode", "_prefill"):
+        monkeypatch.setattr(module, name, None)
+
+    def tiles(count, size=SIDE):
+        return np.zeros((count, size, size, 3), np.uint8)
+
+    one = [1, *[PATCH] * 4]
+    for which, prompts, images, message in [
+        (model, [[1]], [tiles(1)], "images were given, but this model has no vision encoder: it reads text alone."),
+        (seeing, [one, [1]], [tiles(1)], "images has 1 entries for 2 prompts: give one for each, or None."),
+        (seeing, [one], [tiles(1, 14)], r"images\[0\] must be tiles of \[28, 28, 3\], got \[14, 14, 3\]."),
+        (seeing, [[1], one], [None, tiles(2)],
+         r"prompts\[1\] has 4 <\|patch\|> tokens, but the 2 tiles of images\[1\] have features for 8: give each "
+         r"picture's tiles, and its tokens, once \(llama4_jax.Processor does\)."),
+        (seeing, [one[:4]], [tiles(1)], r"prompts\[0\] has 3 <\|patch\|> tokens, but the 1 tiles .* features for 4"),
+        (seeing, [one], [None], r"prompts\[0\] has 4 <\|patch\|> tokens, but the 0 tiles .* features for 0"),
+        (seeing, [one], None, r"prompts\[0\] has 4 <\|patch\|> tokens, but the 0 tiles"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            generate(which, prompts, images=images, max_new_tokens=5)
