@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from llama4_jax.inputs.chat import ChatFormat
-from llama4_jax.inputs.image import ImageConfig, picture_tokens, tile_picture
+from llama4_jax.inputs.image import ImageConfig
 from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages
-from llama4_jax.inputs.picture_files import Source, open_picture
+from llama4_jax.inputs.pictures import cut_pictures, encode_illustrated
 from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.config import VisionConfig
 
@@ -140,7 +140,7 @@ class Processor:
                 number, source = next(given)
                 where = f"images[{number}]"
             sources.append((source, where))
-        tokens, tiles = self._open(sources)
+        tokens, tiles = cut_pictures(sources, self.pictures, self.tokenizer)
         rendered = self.chat.encode(said, tools=tools, pictures=tokens, generation_prompt=generation_prompt)
         return Prompt(rendered.tokens, tiles)
 
@@ -152,29 +152,9 @@ class Processor:
         """
         content = illustrated(text, images)
         pictures = [part.source for part in content if isinstance(part, Picture)]
-        tokens, tiles = self._open([(source, f"images[{i}]") for i, source in enumerate(pictures)])
-        rest = iter(tokens)
-        ids = [self.tokenizer.bos_id]
-        for part in content:
-            ids += next(rest) if isinstance(part, Picture) else self.tokenizer.encode(part)
-        return Prompt(ids, tiles)
-
-    def _open(self, sources: list[tuple[Any, str]]) -> tuple[list[list[int]], UInt8[np.ndarray, "tiles S S 3"] | None]:
-        """Each picture's tokens, and the tiles of all."""
-        if not sources:
-            return [], None
-        if self.pictures is None:
-            raise ValueError(f"{sources[0][1]}: a picture was given, but this model reads text alone.")
-        found, tiles = [], []
-        for source, where in sources:
-            if not isinstance(source, Source):
-                raise ValueError(f"{where} should be a path, bytes, a PIL image or an array, and is {source!r:.60}.")
-            cut = tile_picture(open_picture(source, name=where), self.pictures)
-            found.append(
-                picture_tokens(cut.rows, cut.cols, self.pictures.tokens_per_tile, self.tokenizer.special_tokens)
-            )
-            tiles.append(cut.pixels)
-        return found, np.concatenate(tiles)
+        sources = [(source, f"images[{i}]") for i, source in enumerate(pictures)]
+        tokens, tiles = cut_pictures(sources, self.pictures, self.tokenizer)
+        return Prompt(encode_illustrated(content, tokens, self.tokenizer), tiles)
 
 
 def illustrated(text: str, images: Sequence[Any]) -> list[str | Picture]:

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float32, Int32, UInt8
 from llama4_jax.data.config import LossOn
 from llama4_jax.data.documents import Conversation, Document, Illustrated
 from llama4_jax.inputs.chat import ChatFormat
-from llama4_jax.inputs.image import ImageConfig, picture_tokens, tile_picture
+from llama4_jax.inputs.image import ImageConfig, picture_tokens
 from llama4_jax.inputs.messages import Picture
-from llama4_jax.inputs.picture_files import open_picture
+from llama4_jax.inputs.pictures import cut_pictures, encode_illustrated
 from llama4_jax.inputs.tokenizer import Tokenizer
 
 
@@ -45,9 +45,8 @@ class Encoder:
         self.loss_on: LossOn = loss_on
         self.fingerprint = f"{tokenizer.fingerprint} {pictures} {loss_on}"
         self._chat = ChatFormat(tokenizer)
-        special = tokenizer.special_tokens
-        names = picture_tokens(2, 2, 1, special)  # every kind of token that a picture has
-        self._picture_ids = np.unique(names)
+        # A picture of several rows and columns has every kind of token that there is.
+        self._picture_ids = np.unique(picture_tokens(2, 2, 1, tokenizer.special_tokens))
 
     def __call__(self, document: Document) -> Piece:
         """A document of n tokens, begin_of_text the first and end_of_text the last, gives n - 1 inputs and targets. A
@@ -57,50 +56,36 @@ class Encoder:
         FileNotFoundError if one is gone.
         """
         if isinstance(document, str):
-            return self._piece(self.tokenizer.encode(document, bos=True, eos=True), None, [])
+            return self._piece(self.tokenizer.encode(document, bos=True, eos=True), None, None)
         if isinstance(document, Conversation):
             return self._conversation(document)
         return self._illustrated(document)
 
     def _conversation(self, document: Conversation) -> Piece:
         pictures = [
-            (part, f"{document.where}, messages[{i}].content[{j}]")
+            (part.source, f"{document.where}, messages[{i}].content[{j}]")
             for i, message in enumerate(document.messages)
             for j, part in enumerate(message.content)
             if isinstance(part, Picture)
         ]
-        tokens, tiles = self._open(pictures)
+        tokens, tiles = cut_pictures(pictures, self.pictures, self.tokenizer)
         rendered = self._chat.encode(document.messages, tools=document.tools, pictures=tokens, generation_prompt=False)
         counts = np.array(rendered.reply) if self.loss_on == "replies" else None
         return self._piece(rendered.tokens, counts, tiles)
 
     def _illustrated(self, document: Illustrated) -> Piece:
-        pictures = [(part, document.where) for part in document.content if isinstance(part, Picture)]
-        tokens, tiles = self._open(pictures)
-        remaining = iter(tokens)
-        ids = [self.tokenizer.bos_id]
-        for part in document.content:
-            ids += next(remaining) if isinstance(part, Picture) else self.tokenizer.encode(part)
+        pictures = [(part.source, document.where) for part in document.content if isinstance(part, Picture)]
+        tokens, tiles = cut_pictures(pictures, self.pictures, self.tokenizer)
+        ids = encode_illustrated(document.content, tokens, self.tokenizer)
         return self._piece([*ids, self.tokenizer.eos_id], None, tiles)
 
-    def _open(self, pictures: list[tuple[Picture, str]]) -> tuple[list[list[int]], list[UInt8[np.ndarray, "..."]]]:
-        """Each picture's tokens, and all tiles."""
-        if pictures and self.pictures is None:
-            raise ValueError(f"{pictures[0][1]}: a picture, but the model reads text alone: it has no model.vision.")
-        found, tiles = [], []
-        for picture, where in pictures:
-            cut = tile_picture(open_picture(picture.source, name=where), self.pictures)
-            found.append(
-                picture_tokens(cut.rows, cut.cols, self.pictures.tokens_per_tile, self.tokenizer.special_tokens)
-            )
-            tiles.append(cut.pixels)
-        return found, tiles
-
-    def _piece(self, ids: list[int], counts: Bool[np.ndarray, "..."] | None, tiles: list) -> Piece:
+    def _piece(
+        self, ids: list[int], counts: Bool[np.ndarray, "..."] | None, tiles: UInt8[np.ndarray, "tiles S S 3"] | None
+    ) -> Piece:
         array = np.array(ids, np.int32)
         targets = array[1:]
         weights = np.ones(len(targets), np.float32) if counts is None else counts[1:].astype(np.float32)
-        if tiles:
+        if tiles is not None:
             weights[np.isin(targets, self._picture_ids)] = 0
         target_bytes = np.where(weights > 0, self.tokenizer.token_bytes(targets), 0).astype(np.int32)
-        return Piece(array[:-1], targets, target_bytes, weights, np.concatenate(tiles) if tiles else None)
+        return Piece(array[:-1], targets, target_bytes, weights, tiles)

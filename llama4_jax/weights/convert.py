@@ -27,7 +27,7 @@ from llama4_jax.atomic import write_atomically
 from llama4_jax.config import converted_to_json
 from llama4_jax.inputs import hf_tokenizer
 from llama4_jax.inputs.tokenizer import BPE_FILE, BYTES_FILE, load_tokenizer
-from llama4_jax.model.config import ModelConfig
+from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.weights import hf_config, meta_config, table
 from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.mapped import FileTensor
@@ -220,6 +220,8 @@ def export(
         if format == "hf":
             _write_generation_config(made, config_json)
             _write_tokenizer(made, config)
+            if config.vision is not None:
+                _write_image_processor(run, made, config.vision)
         work.finish(made)
     return work.done
 
@@ -323,6 +325,33 @@ def _write_generation_config(made: Path, config_json: Mapping[str, Any]) -> None
     ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if text.get(key) is not None}
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     write_atomically(made / "generation_config.json", json.dumps({**ids, **sampling}, indent=2) + "\n")
+
+
+def _write_image_processor(run: Path, made: Path, vision: VisionConfig) -> None:
+    """How pictures are cut, in Hugging Face's words, if the model came without them."""
+    if (made / "preprocessor_config.json").exists() or (made / "processor_config.json").exists():
+        return
+    data = read_json(run / "config.json", "").get("data")  # of a run that was trained
+    size, half = {"height": vision.image_size, "width": vision.image_size}, [0.5] * 3
+    image_processor = {
+        "image_processor_type": "Llama4ImageProcessor",
+        "size": size,
+        "max_patches": data["max_tiles"] if data else 16,
+        "resize_to_max_canvas": False,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": half,
+        "image_std": half,
+    }
+    processor = {
+        "processor_class": "Llama4Processor",
+        "patch_size": vision.patch_size,
+        "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
+        "image_processor": image_processor,
+    }
+    write_atomically(made / "preprocessor_config.json", json.dumps(image_processor, indent=2) + "\n")
+    write_atomically(made / "processor_config.json", json.dumps(processor, indent=2) + "\n")
 
 
 def _write_tokenizer(made: Path, config: ModelConfig) -> None:

@@ -86,7 +86,9 @@ def test_text_with_pictures_holds_them_where_they_stand():
 
 
 def test_a_picture_for_a_model_that_reads_text_alone_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"here, messages\[0\].content\[0\]: a picture, but the model reads text"):
+    with pytest.raises(
+        ValueError, match=r"here, messages\[0\].content\[0\]: a picture was given, but this model reads text alone"
+    ):
         Encoder(TOKENIZER, None)(conversation(1))
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from flax import nnx
 from make_checkpoints import META, VISION, meta_tensors, write_meta, write_vision
-from oracles import hf, meta, ours
+from oracles import hf, meta, ours, pictures
 from oracles.cases import MAVERICK, SCOUT, tokens
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4ForConditionalGeneration
@@ -178,20 +178,44 @@ def test_bfloat16_stays_and_dtype_changes_it(tmp_path):
     assert_same(read_hf(tmp_path / "wide"), {name: array.astype(np.float32) for name, array in expected.items()})
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_a_trained_run_is_exported_whether_its_layers_are_stacked_or_not(scan, tmp_path):
-    config = dataclasses.replace(ours.config(SCOUT), moe_layers=None, rope_layers=None)
+def write_run(directory, config, *, scan=True):
+    """A run's directory with a checkpoint of a new model, and the model."""
     model = Llama4(config, scan_layers=scan, seed=3)
-    assert bool(model.decoder.repeats) == scan
-    (tmp_path / "run").mkdir()
+    directory.mkdir()
     run_config = RunConfig(
-        name="run", model=config, data=DataConfig(seq_len=8, batch_size=1), steps=1, scan_layers=scan
+        name="run", model=config, data=DataConfig(seq_len=8, batch_size=1, max_tiles=5), steps=1, scan_layers=scan
     )
-    (tmp_path / "run" / "config.json").write_text(to_json(run_config))
-    checkpoints = Checkpoints(tmp_path / "run")
+    (directory / "config.json").write_text(to_json(run_config))
+    checkpoints = Checkpoints(directory)
     arrays = {f"params.{name}": leaf for name, leaf in named_leaves(nnx.state(model)).items()}
     checkpoints.save(7, arrays, {"x": np.zeros(1)}, {"step": 7})
     checkpoints.wait()
+    return model
+
+
+def test_a_trained_run_with_pictures_is_exported_and_computes_the_same(tmp_path):
+    config = dataclasses.replace(pictures.config(MAVERICK), moe_layers=None, rope_layers=None, moe_interval=2)
+    model = write_run(tmp_path / "run", config)
+    assert model.decoder.repeats and model.vision.repeats
+    export(tmp_path / "run", tmp_path / "out", format="hf", verify=True)
+    theirs = Llama4ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.image_token_index == pictures.PATCH
+    ids, tiles = pictures.ids(MAVERICK), pictures.tiles()
+    own = np.concatenate([row[: len(places)] for row, places in zip(tiles, pictures.PLACES, strict=True)])
+    with torch.no_grad():
+        given = torch.from_numpy(own.transpose(0, 3, 1, 2).copy())
+        expected = theirs(torch.from_numpy(ids), pixel_values=given, use_cache=False).logits.numpy()
+    logits = jax.jit(lambda ids, tiles: model(ids, images=tiles))(ids.astype(np.int32), tiles)
+    np.testing.assert_allclose(logits, expected, atol=2e-6 * np.abs(expected).max())
+    cut = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (cut["max_patches"], cut["size"]) == (5, {"height": 24, "width": 24})
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_trained_run_is_exported_whether_its_layers_are_stacked_or_not(scan, tmp_path):
+    config = dataclasses.replace(ours.config(SCOUT), moe_layers=None, rope_layers=None)
+    model = write_run(tmp_path / "run", config, scan=scan)
+    assert bool(model.decoder.repeats) == scan
     export(tmp_path / "run", tmp_path / "out", format="hf", verify=True)
     ids = tokens(SCOUT)
     theirs = Llama4ForCausalLM.from_pretrained(tmp_path / "out").eval()
