@@ -13,11 +13,10 @@ from flax import nnx
 
 @dataclass(frozen=True, kw_only=True)
 class FreezeConfig:
-    """`paths`: names of parameters, or patterns with *, such as decoder.* or *.router.*; `llama4 inspect RUN --tensors`
-    and the model's attributes have the names. `until`: how many updates; None: all."""
+    """Some parameters, for some time. Raises ValueError for no parameters, or no time."""
 
-    paths: tuple[str, ...]
-    until: int | None = None
+    paths: tuple[str, ...]  # names by the model's attributes, or patterns: vision, decoder.*, *.router.*
+    until: int | None = None  # how many updates leave them as they are; None: all
 
     def __post_init__(self):
         if not self.paths:
