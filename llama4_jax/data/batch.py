@@ -17,7 +17,8 @@ target at the cut is the true next token.
     target_bytes  1   1   1   0   1   1   0   0
 
 Pictures are tokens, too, and their tiles stand beside the row, in order. A document with pictures is never cut: it goes
-on in the next row if this one has no room for all its tokens and tiles. No token of a picture is a target with weight.
+on in the next row if this one has no room for all its tokens and tiles. Nor is a conversation that fits in a row. No
+token of a picture is a target with weight.
 
 Bits per byte is the whole negative log likelihood, ends of documents included, in bits, over the sum of `target_bytes`.
 The lengths are in the batch, rather than in a table in the loss, because they belong to the tokenizer, which the

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from llama4_jax.data.batch import Batch, empty_batch
-from llama4_jax.data.documents import Document
+from llama4_jax.data.documents import Conversation, Document
 from llama4_jax.data.encode import Encoder, Piece
 
 
@@ -21,6 +21,7 @@ class DocumentStream:
     def __init__(self, documents: grain.MapDataset[Document], encoder: Encoder):
         self._documents = documents
         self._encoder = encoder
+        self._whole = False  # the current document is not to be cut
         self.place = (0, 0)
 
     @property
@@ -36,7 +37,8 @@ class DocumentStream:
         """The rest of the current document, or its next `limit` tokens if it has more; None after the last one.
 
         A document with pictures is given whole, or None if it does not fit into `limit` tokens and that many `tiles`.
-        Raises ValueError if it does not even fit into `row` tokens and `row_tiles`, an empty row.
+        Raises ValueError if it does not even fit into `row` tokens and `row_tiles`, an empty row. A conversation
+        without pictures is cut only if it is longer than a row: a reply is not to be learnt without its question.
         """
         if self._document == len(self._documents):
             return None
@@ -45,7 +47,9 @@ class DocumentStream:
             assert document is not None  # which grain gives for what a filter has dropped, and there is none
             self._encoded = self._encoder(document)
             _check_fits(document, self._encoded, row, row_tiles)
-        if self._encoded.num_tiles:
+            fits = isinstance(document, Conversation) and len(self._encoded.tokens) <= row
+            self._whole = fits or self._encoded.num_tiles > 0
+        if self._whole:
             if len(self._encoded.tokens) > limit or self._encoded.num_tiles > tiles:
                 return None
             piece, self.place = self._encoded, (self._document + 1, 0)

@@ -235,6 +235,31 @@ def test_a_document_that_fits_in_no_row_is_named_with_what_to_do(tmp_path):
             take(loader(DataConfig(**fields)), 30)
 
 
+def test_a_conversation_is_cut_only_if_it_is_longer_than_a_row(tmp_path):
+    rows = []
+    for i in range(40):
+        question, answer = f"{i} " + "why? " * (i % 5), "so" * (80 if i == 7 else 3)
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    config = DataConfig(
+        sources=(f"chat:{write_jsonl(tmp_path, rows)}",), seq_len=96, batch_size=2, heldout_fraction=0.0, prefetch=0,
+        loss_on="replies",
+    )  # fmt: skip
+    (long,) = [d for d in open_source(config.sources[0]) if d.messages[0].text.startswith("7 ")]
+    long_text = TOKENIZER.decode(Encoder(TOKENIZER)(long).tokens)
+    seen, parts = set(), 0
+    for batch in take(loader(config), 60):
+        for row, ids in zip(batch.tokens, batch.segment_ids, strict=True):
+            for segment in range(1, ids.max() + 1):
+                text = TOKENIZER.decode(row[ids == segment])
+                if text in long_text:
+                    parts += 1
+                else:
+                    assert text.startswith("<|begin_of_text|>") and text.endswith("\n\nsososo")
+                    seen.add(int(text.split("<|header_end|>")[1].split()[0]))
+    assert parts > 1
+    assert seen == set(range(40)) - {7}
+
+
 def test_heldout_rows_with_pictures_come_once_each(tmp_path):
     config = mixed(tmp_path)
     train, heldout = split(open_source(config.sources[0]), 0.2)
