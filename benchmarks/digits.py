@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import llama4_jax
 from llama4_jax.config import from_json
-from llama4_jax.data.digits import PAGE, DigitDocuments
+from llama4_jax.data.digits import PAGE, VARIATIONS, DigitDocuments
 from llama4_jax.data.documents import Conversation, split
 
-VARIATIONS = 3  # drawings of each held-out scan
+DRAWINGS = 3  # of each held-out scan
 BATCH = 32
 ZOOM = 3
 
@@ -26,8 +26,7 @@ ZOOM = 3
 def heldout(pairs: bool, fraction: float) -> list[Conversation]:
     """Each held-out scan in a few drawings."""
     documents = split(DigitDocuments(pairs=pairs), fraction)[1]
-    scans = len(documents) // 64  # which come in 64 drawings
-    return [documents[i] for i in range(VARIATIONS * scans)]
+    return [documents[i] for i in range(DRAWINGS * len(documents) // VARIATIONS)]
 
 
 def answers(model, processor, asked: list[Conversation]) -> list[str]:

@@ -18,14 +18,12 @@ from jaxtyping import Int32, UInt8
 from llama4_jax.inputs.chat import ChatFormat
 from llama4_jax.inputs.image import ImageConfig
 from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages
-from llama4_jax.inputs.pictures import cut_pictures, encode_illustrated
+from llama4_jax.inputs.pictures import IMAGE, cut_pictures, encode_illustrated
 from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.config import VisionConfig
 
 if TYPE_CHECKING:
     from llama4_jax.inputs.chat_template import ChatTemplate
-
-IMAGE = "<|image|>"
 
 Template = Literal["meta", "checkpoint"]
 

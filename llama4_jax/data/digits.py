@@ -16,7 +16,7 @@ from llama4_jax.data.documents import Conversation, Documents, hash64
 from llama4_jax.inputs.messages import Message, Picture
 
 PAGE = 48  # pixels a side
-_VARIATIONS = 64  # ways in which each scan is drawn
+VARIATIONS = 64  # ways in which each scan is drawn
 _GROUP = 12  # scans that are on the same side of the split
 _MARGIN = 8  # pixels above and below, for the print
 _DIGIT = (28, PAGE - 2 * _MARGIN + 1)  # pixels a side: from, below
@@ -36,7 +36,7 @@ class DigitDocuments(Documents):
     def __init__(self, *, pairs: bool):
         self._scans, self._labels = _scans()
         self._pairs = pairs
-        groups = np.arange(len(self._labels) * _VARIATIONS) % len(self._labels) // _GROUP
+        groups = np.arange(len(self._labels) * VARIATIONS) % len(self._labels) // _GROUP
         hashes = np.array([hash64(f"digits {group}".encode()) for group in range(groups.max() + 1)], np.uint64)
         super().__init__(hashes[groups], sizes=[pairs])
 

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 from llama4_jax.data.documents import Conversation, Document, Illustrated
 from llama4_jax.inputs.messages import Message, Picture, read_messages, read_tools
-
-IMAGE = "<|image|>"
+from llama4_jax.inputs.pictures import IMAGE
 
 
 class RowReader(NamedTuple):

@@ -11,6 +11,8 @@ from llama4_jax.inputs.messages import Picture
 from llama4_jax.inputs.picture_files import Source, open_picture
 from llama4_jax.inputs.tokenizer import Tokenizer
 
+IMAGE = "<|image|>"  # the place of a picture, where a text may mark it
+
 
 class CutPictures(NamedTuple):
     """The ids that stand for each picture, and the tiles of all, in order."""
