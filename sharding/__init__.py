@@ -2,6 +2,14 @@
 
 from sharding.mesh import MeshConfig as MeshConfig
 from sharding.mesh import make_mesh as make_mesh
+from sharding.mesh import platform as platform
+from sharding.rules import SERVING as SERVING
+from sharding.rules import TRAINING as TRAINING
+from sharding.rules import Rules as Rules
 from sharding.rules import activation_sharding as activation_sharding
+from sharding.rules import activation_spec as activation_spec
 from sharding.rules import constrain as constrain
+from sharding.rules import mesh_axes as mesh_axes
 from sharding.rules import parameter_sharding as parameter_sharding
+from sharding.rules import use_rules as use_rules
+from sharding.rules import ways as ways

@@ -66,3 +66,12 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     # Auto axes: the partitioner propagates shardings. `jax.make_mesh` would default to explicit ones.
     auto = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(config.shape, axes, axis_types=auto, devices=devices)
+
+
+def platform() -> str:
+    """What the function being traced is compiled for, "cpu", "tpu" or "gpu": the devices of the mesh in use, be they
+    only a topology's, or else JAX's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name

@@ -1,94 +1,171 @@
-"""What an axis is, and over which mesh axes it is split: one closed vocabulary, two tables.
+"""What an axis is, and over which mesh axes it is split: one closed vocabulary, and two tables for each use.
 
 An array's axes are named by what they *are* ("embed", "q_heads"), never by where they go. The parameter table and
-the activation table say where each goes. Parameters are split over `fsdp` along their embed axis; activations are not.
+the activation table of `Rules` say where each goes. A mesh axis splits an array once: where two of its axes ask for the
+same one, the first gets it. So one row of a table serves experts, whose `experts` take `expert`, and all other
+matrices, whose `embed` takes it too.
+
+- TRAINING: tokens stay where they are and parameters are gathered for use, layer by layer, wherever `embed` is split
+- SERVING: parameters stay where they are, split along what they put out, and the few tokens of a step are gathered
 """
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
-
-# name of the axis: mesh axes it is split over, when the array is a parameter
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "layers": (),  # layers of one kind, stacked for `scan`
-    "embed": ("fsdp",),
-    "vocab": ("tensor",),
-    "q_heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "gate_up": (),  # the two halves of a SwiGLU
-    "mlp": ("tensor",),
-    "experts": ("expert",),
-    "router": (),  # the experts as outputs of the router: too few columns to be worth splitting
-    "patch": (),  # patches of a tile, or the pixels of one
-    "norm": (),
-}
-
-# the same, when it is an activation
-ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
-    "seq": ("context",),
-    "embed": (),
-    "vocab": ("tensor",),
-    "q_heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "cache": (),  # positions of a key/value cache
-    "patch": (),
-    "tiles": (),  # of the pictures of a row
-    "pixels": (),
-}
+Table = Mapping[str, tuple[str, ...]]
 
 
-def spec(axes: Axes, table: dict[str, tuple[str, ...]]) -> PartitionSpec:
-    """The PartitionSpec of an array with these named axes. Raises ValueError for a name outside the table."""
+@dataclass(frozen=True)
+class Rules:
+    """name of an axis: mesh axes it is split over. Of these the first must divide it; the others join if they do."""
+
+    parameters: Table
+    activations: Table
+
+
+TRAINING = Rules(
+    parameters={
+        "layers": (),  # layers of one kind, stacked for `scan`
+        "embed": ("fsdp", "expert", "context"),
+        "vocab": ("tensor",),
+        "q_heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "head_dim": (),
+        "gate_up": (),  # the two halves of a SwiGLU
+        "mlp": ("tensor",),
+        "experts": ("expert",),
+        "router": (),  # the experts as outputs of the router: too few columns to be worth splitting
+        "patch": (),  # patches of a tile, or the pixels of one
+        "norm": (),
+    },
+    activations={
+        "batch": ("data", "fsdp", "expert"),
+        "rows": ("data", "fsdp", "expert"),  # the batch, as the feed-forward sees it
+        "seq": ("context",),
+        "embed": (),
+        "vocab": ("tensor",),
+        "q_heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "head_dim": (),
+        "mlp": ("tensor",),
+        "cache": ("context",),  # positions of a key/value cache
+        "patch": (),
+        "tiles": (),  # of the pictures of a row
+        "pixels": (),
+    },
+)
+
+SERVING = Rules(
+    parameters={
+        **TRAINING.parameters,
+        "embed": ("fsdp",),
+        "vocab": ("tensor", "expert"),
+        "mlp": ("tensor", "expert"),
+    },
+    activations={
+        **TRAINING.activations,
+        "rows": ("data", "fsdp"),  # gathered over `expert`: every device's experts see all of them
+        "seq": (),
+        "vocab": ("tensor", "expert"),
+        "mlp": ("tensor", "expert"),
+    },
+)
+
+_current: ContextVar[Rules] = ContextVar("rules", default=TRAINING)
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules) -> Iterator[None]:
+    """Within it, activations live where `rules` say. Matters while a function is traced, not when it runs."""
+    token = _current.set(rules)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def spec(shape: tuple[int, ...] | None, axes: Axes, table: Table, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How an array of this shape, with these named axes, is split. Mesh axes of size 1, and those that do not divide
+    what is left of a dimension, are left out; without a shape all are taken to divide it. Raises ValueError for a name
+    outside the table."""
+    used: set[str] = set()
     parts: list[str | tuple[str, ...] | None] = []
-    for name in axes:
+    for size, name in zip(shape or [0] * len(axes), axes, strict=True):
         if name is not None and name not in table:
             raise ValueError(f"unknown axis {name!r}: expected one of {', '.join(table)}.")
-        mesh_axes = () if name is None else table[name]
-        parts.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes)
+        own: list[str] = []
+        for axis in () if name is None else table[name]:
+            ways = mesh.shape[axis]
+            if ways > 1 and axis not in used and size % ways == 0:
+                size //= ways
+                own.append(axis)
+        used.update(own)
+        parts.append(tuple(own) if len(own) > 1 else own[0] if own else None)
     return PartitionSpec(*parts)
 
 
+def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """The same for an activation, by the rules and on the mesh in use; all parts are None outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return PartitionSpec(*[None] * len(axes))
+    return spec(shape, axes, _current.get().activations, mesh)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the partitioner where activation `x`, with these named axes, lives. No-op outside `jax.set_mesh`."""
+    """Tells the partitioner where activation `x`, with these named axes, lives. No-op outside `jax.set_mesh`, and
+    within `shard_map`, where an array is a device's own part."""
     if len(axes) != x.ndim:
         raise ValueError(f"an array of shape {x.shape} needs {x.ndim} axis names, got {axes}.")
-    partition = spec(axes, ACTIVATIONS)
-    if jax.sharding.get_abstract_mesh().empty:
+    partition = activation_spec(x.shape, *axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, partition)
 
 
-def check_divides(shape: tuple[int, ...], axes: Axes, table: dict, mesh: Mesh | AbstractMesh, what: str) -> None:
-    """Raises ValueError if a mesh axis does not divide the dimension that it splits."""
-    for size, name in zip(shape, axes, strict=True):
-        if name is None:
-            continue
-        for_axis = {axis: mesh.shape[axis] for axis in table[name]}
-        ways = 1
-        for n in for_axis.values():
-            ways *= n
-        if size % ways:
-            split = " x ".join(f"mesh.{axis}={n}" for axis, n in for_axis.items())
-            raise ValueError(
-                f"{what}: its {name!r} axis has size {size}, which {split} does not divide. "
-                f"Choose mesh sizes whose product divides {size}, or change that size."
-            )
+def mesh_axes(*names: str) -> tuple[str, ...]:
+    """Mesh axes in use, larger than 1, that split an activation's axes of these names; none outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    table = _current.get().activations
+    return () if mesh.empty else tuple(axis for name in names for axis in table[name] if mesh.shape[axis] > 1)
+
+
+def ways(axes: tuple[str, ...]) -> int:
+    """Into how many parts these axes of the mesh in use split an array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def parameter_sharding(
-    shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh, what: str = "parameter"
+    shape: tuple[int, ...],
+    axes: Axes,
+    mesh: Mesh | AbstractMesh,
+    what: str = "parameter",
+    rules: Rules = TRAINING,
 ) -> NamedSharding:
     """Where a parameter with these named axes lives on `mesh`. Raises ValueError where the mesh does not divide it."""
-    partition = spec(axes, PARAMETERS)
-    check_divides(shape, axes, PARAMETERS, mesh, what)
+    table = rules.parameters
+    partition = spec(shape, axes, table, mesh)
+    taken = {axis for part in partition if part is not None for axis in (part if isinstance(part, tuple) else (part,))}
+    for size, name in zip(shape, axes, strict=True):
+        first = table[name][:1] if name is not None else ()
+        for axis in first:
+            if axis not in taken and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{what}: its {name!r} axis has size {size}, which mesh.{axis}={mesh.shape[axis]} does not divide. "
+                    f"Choose a mesh.{axis} that divides {size}, or change that size."
+                )
     return NamedSharding(mesh, partition)
 
 
-def activation_sharding(axes: Axes, mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Where an activation with these named axes lives on `mesh`."""
-    return NamedSharding(mesh, spec(axes, ACTIVATIONS))
+def activation_sharding(axes: Axes, mesh: Mesh | AbstractMesh, rules: Rules = TRAINING) -> NamedSharding:
+    """Where an activation with these named axes lives on `mesh`, which must divide it."""
+    return NamedSharding(mesh, spec(None, axes, rules.activations, mesh))

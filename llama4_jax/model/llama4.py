@@ -111,7 +111,7 @@ class Llama4(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         out = self.lm_head(hidden).astype(self.precision.logits)
-        return constrain(out, "batch", "seq", "vocab")
+        return constrain(out, "rows", "seq", "vocab")
 
     def encode_images(self, images: Images) -> Float[Array, "B patches D"]:
         """The features of the tiles' patches, as wide as the text model: `config.vision.tokens_per_tile` a tile.

@@ -19,8 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sharding import constrain
-from sharding.rules import ACTIVATIONS
+from sharding import constrain, mesh_axes, ways
 
 # Default size of a piece, a device: with fewer tokens, adding to the head's gradient costs more than the products do;
 # with more, the logits only take more memory (128 MiB of float32 for 32 768 words).
@@ -103,8 +102,7 @@ def token_nll(hidden, head, targets, *, pieces=None, compute_dtype=None) -> Floa
 
 def _batch_shards(batch: int) -> int:
     """Over how many devices the rows are spread by the mesh in use; 1 where they cannot be spread evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
+    shards = ways(mesh_axes("batch"))
     return shards if batch % shards == 0 else 1
 
 

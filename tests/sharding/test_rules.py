@@ -5,30 +5,66 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sharding import MeshConfig, activation_sharding, constrain, make_mesh, parameter_sharding
-from sharding.rules import ACTIVATIONS, PARAMETERS, spec
+from sharding import (
+    SERVING,
+    TRAINING,
+    MeshConfig,
+    activation_sharding,
+    activation_spec,
+    constrain,
+    make_mesh,
+    mesh_axes,
+    parameter_sharding,
+    use_rules,
+    ways,
+)
+from sharding.rules import spec
+
+EVERY = jax.sharding.AbstractMesh((2, 2, 2, 2, 2), ("data", "fsdp", "expert", "tensor", "context"))
 
 
-def test_parameters_are_split_over_fsdp_and_activations_are_not():
-    assert spec(("embed", "mlp"), PARAMETERS) == P("fsdp", "tensor")
-    assert spec(("batch", "seq", "embed"), ACTIVATIONS) == P(("data", "fsdp", "expert"), "context", None)
+def test_in_training_parameters_are_split_along_embed_and_activations_along_rows_and_tokens():
+    assert spec((64, 64), ("embed", "mlp"), TRAINING.parameters, EVERY) == P(("fsdp", "expert", "context"), "tensor")
+    axes = ("batch", "seq", "embed")
+    assert spec(None, axes, TRAINING.activations, EVERY) == P(("data", "fsdp", "expert"), "context", None)
 
 
-def test_experts_are_split_over_the_expert_axis():
-    assert spec(("experts", "embed", "gate_up", "mlp"), PARAMETERS) == P("expert", "fsdp", None, "tensor")
+def test_a_mesh_axis_splits_an_array_once_and_experts_come_first():
+    shape, axes = (8, 64, 2, 64), ("experts", "embed", "gate_up", "mlp")
+    expected = P("expert", ("fsdp", "context"), None, "tensor")
+    assert spec(shape, axes, TRAINING.parameters, EVERY) == expected
+
+
+def test_in_serving_matrices_are_split_along_what_they_put_out():
+    assert spec((64, 64), ("embed", "mlp"), SERVING.parameters, EVERY) == P("fsdp", ("tensor", "expert"))
+
+
+def test_further_axes_join_only_where_they_divide():
+    assert spec((2, 64), ("embed", "mlp"), TRAINING.parameters, EVERY) == P("fsdp", "tensor")
+    assert spec((12, 64), ("embed", "mlp"), TRAINING.parameters, EVERY) == P(("fsdp", "expert"), "tensor")
+
+
+def test_the_rules_in_use_decide_where_activations_live():
+    assert activation_spec((8, 8), "batch", "mlp") == P(None, None)
+    with jax.sharding.use_abstract_mesh(EVERY):
+        assert activation_spec((8, 1, 8), "rows", "seq", "mlp") == P(("data", "fsdp", "expert"), None, "tensor")
+        assert activation_spec((1, 8), "batch", "seq") == P(None, "context")  # one row is on every device
+        assert mesh_axes("rows") == ("data", "fsdp", "expert") and ways(mesh_axes("rows")) == 8
+        with use_rules(SERVING):
+            assert activation_spec((8, 1, 8), "rows", "seq", "mlp") == P(("data", "fsdp"), None, ("tensor", "expert"))
+        assert mesh_axes("seq") == ("context",)
 
 
 def test_every_axis_goes_to_an_axis_of_the_mesh():
     mesh = make_mesh(MeshConfig(data=8))
-    assert {axis for table in (PARAMETERS, ACTIVATIONS) for axes in table.values() for axis in axes} <= set(
-        mesh.axis_names
-    )
+    tables = [table for rules in (TRAINING, SERVING) for table in (rules.parameters, rules.activations)]
+    assert {axis for table in tables for axes in table.values() for axis in axes} <= set(mesh.axis_names)
 
 
 def test_an_unknown_axis_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown axis 'embd': expected one of layers, embed"):
-        spec(("embd",), PARAMETERS)
-    with pytest.raises(ValueError, match="unknown axis 'sequence'"):
+        spec((8,), ("embd",), TRAINING.parameters, EVERY)
+    with jax.sharding.use_abstract_mesh(EVERY), pytest.raises(ValueError, match="unknown axis 'sequence'"):
         constrain(jnp.zeros((2, 3)), "batch", "sequence")
 
 
