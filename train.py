@@ -5,13 +5,15 @@
     python train.py tiny --help                            # every field
 
 The same command resumes a run that was stopped, in whatever way. Flags that make it another run give it another name,
-such as runs/tiny,optimizer.peak_lr=0.001, unless --name does.
+such as runs/tiny,optimizer.peak_lr=0.001, unless --name does. On several hosts it is the same command on each
+(docs/clusters.md).
 """
 
 import dataclasses
 import difflib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -35,39 +37,61 @@ def load_config(name: str):
     return module.config()
 
 
+def read_config(arguments: list[str]):
+    """The config that the command line names, with its flags. Raises ValueError, and SystemExit for wrong flags."""
+    base = load_config(arguments[0])
+    import tyro
+
+    from llama4_jax.config import RunConfig, name_of_variant
+
+    config = tyro.cli(
+        RunConfig,
+        prog=f"train.py {arguments[0]}",
+        args=arguments[1:],
+        default=base,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if not any(argument.split("=")[0] == "--name" for argument in arguments):
+        config = dataclasses.replace(config, name=name_of_variant(base, config))
+    return config
+
+
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, "\nConfigs:", ", ".join(sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))))
         return 0 if arguments else 2
+    if {"-h", "--help"} & set(arguments):
+        read_config(arguments)
+    import jax
+
+    from llama4_jax.train import hosts
+
     try:
-        base = load_config(arguments[0])
-        import tyro
-
-        from llama4_jax.config import RunConfig, name_of_variant
-
-        config = tyro.cli(
-            RunConfig,
-            prog=f"train.py {arguments[0]}",
-            args=arguments[1:],
-            default=base,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-        if not any(argument.split("=")[0] == "--name" for argument in arguments):
-            config = dataclasses.replace(config, name=name_of_variant(base, config))
-        import jax
-
+        hosts.connect()
+        with hosts.together("reading the config"):
+            config = read_config(arguments)
         # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.
-        jax.config.update("jax_num_cpu_devices", config.mesh.named_size)
+        jax.config.update("jax_num_cpu_devices", max(1, config.mesh.named_size // hosts.count()))
         from llama4_jax.train.loop import NotFinite, train
 
         try:
             train(config)
-        except NotFinite as error:
+        except NotFinite as error:  # on every host
             print(f"train.py: {error}", file=sys.stderr)
             return 1
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        if not isinstance(error, hosts.OnEveryHost):
+            hosts.leave(str(error), 2)
         return 2
+    except SystemExit:
+        hosts.leave("its command line has a mistake, which it has printed", 2)
+        raise
+    except BaseException as error:
+        if hosts.count() > 1:
+            traceback.print_exc()
+            hosts.leave(f"{type(error).__name__}: {error}", 1)
+        raise
     return 0
 
 

@@ -11,5 +11,6 @@ from sharding.rules import activation_spec as activation_spec
 from sharding.rules import constrain as constrain
 from sharding.rules import mesh_axes as mesh_axes
 from sharding.rules import parameter_sharding as parameter_sharding
+from sharding.rules import parameter_spec as parameter_spec
 from sharding.rules import use_rules as use_rules
 from sharding.rules import ways as ways

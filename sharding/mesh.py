@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 
@@ -59,13 +61,39 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (all devices by default). Raises ValueError if the sizes do not fit."""
+    """The mesh of `config` over `devices` (all devices by default).
+
+    Where a slow network lies between devices, between the slices of a TPU or the hosts of GPUs, `data` goes over it,
+    and the other axes stay on one side as far as they fit. Raises ValueError if the sizes do not fit the devices, and
+    if `data` is not a multiple of a TPU's slices.
+    """
     devices = jax.devices() if devices is None else devices
     config = config.resolve(len(devices))
     axes = tuple(dataclasses.asdict(config))
     # Auto axes: the partitioner propagates shardings. `jax.make_mesh` would default to explicit ones.
     auto = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(config.shape, axes, axis_types=auto, devices=devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        return jax.make_mesh(config.shape, axes, axis_types=auto, devices=devices)
+    if devices[0].platform == "tpu":
+        return Mesh(_over_slices(config, devices, len(slices)), axes, axis_types=auto)
+    # GPUs of a host are all one step from each other: in the order of hosts, the last axes are the nearest.
+    nearest = sorted(devices, key=lambda device: (device.slice_index, device.id))
+    return Mesh(np.array(nearest).reshape(config.shape), axes, axis_types=auto)
+
+
+def _over_slices(config: MeshConfig, devices: list, slices: int) -> np.ndarray:
+    if config.data % slices:
+        raise ValueError(
+            f"mesh.data is {config.data}, and must be a multiple of the number of TPU slices, {slices}: the network "
+            f"between slices is slow, and only mesh.data goes over it. The other axes must fit into a slice of "
+            f"{len(devices) // slices} devices."
+        )
+    within = dataclasses.replace(config, data=config.data // slices)
+    small = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")  # as `jax.make_mesh`: their torus has two axes only
+    return mesh_utils.create_hybrid_device_mesh(
+        within.shape, (slices, *[1] * (len(within.shape) - 1)), devices, allow_split_physical_axes=small
+    )
 
 
 def platform() -> str:

@@ -22,7 +22,7 @@ Axes = tuple[str | None, ...]
 Table = Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable, as `jit` wants of what is static
 class Rules:
     """name of an axis: mesh axes it is split over. Of these the first must divide it; the others join if they do."""
 
@@ -117,6 +117,11 @@ def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
     if mesh.empty:
         return PartitionSpec(*[None] * len(axes))
     return spec(shape, axes, _current.get().activations, mesh)
+
+
+def parameter_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """Where a parameter lives, by the rules and on the mesh in use."""
+    return spec(shape, axes, _current.get().parameters, jax.sharding.get_abstract_mesh())
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

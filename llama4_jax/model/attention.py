@@ -3,26 +3,31 @@
 The order is that of both references: RoPE → qk-norm → query scale → cache → attention → output.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.model.cache import LayerCache, Step, extend
+from llama4_jax.model.cache import LayerCache, Step, cached_attention
 from llama4_jax.model.config import LayerSpec, ModelConfig, Precision
 from llama4_jax.model.layers import Linear, rms_normalize
 from llama4_jax.model.query_scale import ScalableSoftmax, num_visible, scale_query, temperature
 from llama4_jax.model.rope import Rotation, rotate
-from llama4_jax.ops.attention import attention
+from llama4_jax.ops.mesh_attention import Order, self_attention
 from sharding import constrain
 
 
-class Place(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Place:
     """Where the tokens stand: what every layer of a forward pass shares."""
 
     positions: Int[Array, "B T"]  # from the start of the token's own document
-    segment_ids: Int[Array, "B T"] | None  # document of each token; None: one document a row
+    segment_ids: Int[Array, "B T"] | None  # document of each token, 0: padding; None: one document a row
     rotation: Rotation  # of RoPE
+    order: Order = field(default=Order(), metadata={"static": True})
 
 
 class Attention(nnx.Module):
@@ -63,20 +68,7 @@ class Attention(nnx.Module):
             q, k = rms_normalize(q, self.norm_eps), rms_normalize(k, self.norm_eps)
         q = self.scale_query(q, place.positions)
 
-        k_positions, segment_ids, layer_cache = place.positions, place.segment_ids, None
-        if cache is not None:
-            layer_cache, (k, v, k_positions) = extend(cache[0], k, v, cache[1], self.spec.chunk)
-        out = attention(
-            q,
-            k,
-            v,
-            q_positions=place.positions,
-            k_positions=k_positions,
-            q_segments=segment_ids,
-            k_segments=segment_ids,
-            chunk=self.spec.chunk,
-            scale=self.head_dim**-0.5,
-        )
+        out, layer_cache = attention(q, k, v, place, cache, chunk=self.spec.chunk, scale=self.head_dim**-0.5)
         return self.o(out.swapaxes(1, 2)), layer_cache
 
     def scale_query(self, q: Float[Array, "B N T H"], positions: Int[Array, "B T"]) -> Float[Array, "B N T H"]:
@@ -88,3 +80,22 @@ class Attention(nnx.Module):
                 return scale_query(q, scale[:, None])
             case "ssmax" | "ssmax_bias":
                 return scale_query(q, self.ssmax(num_visible(positions, self.spec.chunk)))
+
+
+def attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    place: Place,
+    cache: tuple[LayerCache, Step] | None,
+    *,
+    chunk: int | None,
+    scale: float,
+) -> tuple[Float[Array, "B N T H"], LayerCache | None]:
+    if cache is not None:
+        return cached_attention(q, k, v, *cache, chunk=chunk, scale=scale)
+    positions, segments = place.positions, place.segment_ids
+    if segments is not None:
+        positions = jnp.where(segments > 0, positions, -1)  # padding sees nothing, and nothing sees it
+    at = {"positions": positions, "segments": segments, "order": place.order}
+    return self_attention(q, k, v, **at, chunk=chunk, scale=scale), None

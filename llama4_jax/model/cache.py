@@ -3,15 +3,24 @@
 A chunked layer never looks out of its chunk, so it keeps one chunk: position p lives in slot p % C, and the slots of
 the current chunk are those up to the current position's. A global layer keeps the whole context: slot = position.
 Rows of a batch have lengths of their own.
+
+On a mesh, rows and heads are apart, and the slots of a global layer are split over the axes of "cache": each device
+writes what belongs in its own slots and attends to them, and the devices' sums are put together. A chunk is small, so
+all of them hold it and do the same.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.model.config import ModelConfig
-from sharding import constrain
+from llama4_jax.ops.attention import attention, partial_attention
+from llama4_jax.ops.on_mesh import on_mesh, parts
+from llama4_jax.ops.partial_attention import combine, normalize
+from sharding import activation_spec, constrain
 
 
 class LayerCache(NamedTuple):
@@ -32,10 +41,13 @@ def empty_cache(config: ModelConfig, batch: int, max_length: int, dtype) -> Cach
     def layer(chunk: int | None) -> LayerCache:
         slots = max_length if chunk is None else min(chunk, max_length)
         shape = (batch, config.num_kv_heads, slots, config.head_dim)
-        k, v = (constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", "cache", "head_dim") for _ in "kv")
-        return LayerCache(k, v)
+        return LayerCache(*(constrain(jnp.zeros(shape, dtype), *_axes(chunk)) for _ in "kv"))
 
     return Cache(tuple(layer(spec.chunk) for spec in config.layers), jnp.zeros((batch,), jnp.int32))
+
+
+def _axes(chunk: int | None) -> tuple[str | None, ...]:
+    return "batch", "kv_heads", "cache" if chunk is None else None, "head_dim"
 
 
 class Step(NamedTuple):
@@ -54,6 +66,36 @@ def make_step(lengths: Int[Array, " B"], counts: Int[Array, " B"], num_tokens: i
     return Step(lengths, counts, lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32))
 
 
+def cached_attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    cache: LayerCache,
+    step: Step,
+    *,
+    chunk: int | None,
+    scale: float,
+) -> tuple[Float[Array, "B N T H"], LayerCache]:
+    """Adds the keys and values of the new tokens to the cache, and attends from them to all that they may see in it."""
+    slots = activation_spec(cache.k.shape, *_axes(chunk))
+    new = PartitionSpec(slots[0], slots[1], None, None)  # query heads are split as their kv heads are
+    axes = parts(slots, 2)
+
+    def local(q, k, v, cache, step):
+        first = lax.axis_index(axes) * cache.k.shape[2] if axes else 0
+        cache, seen = extend(cache, k, v, step, chunk, first)
+        at = {"q_positions": step.positions, "k_positions": seen.positions, "chunk": chunk, "scale": scale}
+        if axes:
+            out = normalize(combine(partial_attention(q, seen.k, seen.v, **at), axes), q.dtype)
+        else:
+            out = attention(q, seen.k, seen.v, **at)
+        return out, cache
+
+    rows = Step(PartitionSpec(slots[0]), PartitionSpec(slots[0]), PartitionSpec(slots[0], None))
+    cached = LayerCache(slots, slots)
+    return on_mesh(local, (new, new, new, cached, rows), (new, cached))(q, k, v, cache, step)
+
+
 class Visible(NamedTuple):
     """The keys that a cached step attends to. A negative position is an empty slot."""
 
@@ -63,16 +105,22 @@ class Visible(NamedTuple):
 
 
 def extend(
-    cache: LayerCache, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], step: Step, chunk: int | None
+    cache: LayerCache,
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    step: Step,
+    chunk: int | None,
+    first: int | Int[Array, ""] = 0,
 ) -> tuple[LayerCache, Visible]:
-    """Adds the new keys and values; returns the new cache and what the new queries may see.
+    """Adds the new keys and values; returns the new cache and what the new queries may see of it.
 
-    Lengths beyond the cache are not checked here (they are traced): `generate` checks before it starts.
+    `first`: the position of the first slot, where a global layer's cache is one of several parts; only what belongs in
+    this one is written. Lengths beyond the cache are not checked here (they are traced): `generate` checks before it
+    starts.
     """
     if chunk is None:
-        slots = step.positions
-        cache = _scatter(cache, k, v, slots, step.valid)
-        return cache, Visible(cache.k, cache.v, _slot_positions(cache, step, chunk))
+        cache = _scatter(cache, k, v, step.positions - first, step.valid)
+        return cache, Visible(cache.k, cache.v, _slot_positions(cache, step, chunk, first))
     if k.shape[2] == 1:
         cache = _scatter(cache, k, v, step.positions % chunk, step.valid)
         return cache, Visible(cache.k, cache.v, _slot_positions(cache, step, chunk))
@@ -86,18 +134,19 @@ def extend(
     return _keep_last_chunk(cache, k, v, step, chunk), seen
 
 
-def _slot_positions(cache: LayerCache, step: Step, chunk: int | None) -> Int[Array, "B S"]:
+def _slot_positions(cache: LayerCache, step: Step, chunk: int | None, first=0) -> Int[Array, "B S"]:
     """The position that each slot holds after the step, or -1."""
     end = (step.lengths + step.counts)[:, None]
     slots = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
-    start = 0 if chunk is None else jnp.maximum(end - 1, 0) // chunk * chunk
+    start = first if chunk is None else jnp.maximum(end - 1, 0) // chunk * chunk
     positions = start + slots
     return jnp.where(positions < end, positions, -1)
 
 
 def _scatter(cache: LayerCache, k, v, slots: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> LayerCache:
     rows = jnp.arange(slots.shape[0])[:, None]
-    slots = jnp.where(valid, slots, cache.k.shape[2])  # out of range: dropped
+    size = cache.k.shape[2]
+    slots = jnp.where(valid & (slots >= 0) & (slots < size), slots, size)  # out of range: dropped
 
     def write(old, new):
         return old.at[rows, :, slots].set(new.swapaxes(1, 2).astype(old.dtype), mode="drop")

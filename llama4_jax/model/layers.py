@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.dot_general import contract, make_dot_general
+from llama4_jax.ops.swiglu import swiglu
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype) -> nnx.Param:
@@ -58,8 +59,8 @@ class RMSNorm(nnx.Module):
         return rms_normalize(x, self.eps) * self.scale[...].astype(x.dtype)
 
 
-# The backward passes of this norm and of `swiglu` are written out: they keep the input alone, where autodiff keeps
-# several arrays of its size, and make its gradient in one pass.
+# The backward pass is written out: it keeps the input alone, where autodiff keeps several arrays of its size, and
+# makes its gradient in one pass.
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) in float32, returned in x's dtype. Weightless: it is also Llama 4's qk-norm."""
@@ -117,19 +118,3 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(swiglu(self.gate_up(x)))
-
-
-@jax.custom_vjp
-def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
-    """silu(gate) · up of the two halves."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-
-
-def _swiglu_backward(gate_up, g):
-    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
-    sigmoid = jax.nn.sigmoid(gate)
-    d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return (jnp.stack([d_gate, g * gate * sigmoid], axis=-2),)
-
-
-swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)

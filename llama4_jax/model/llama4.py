@@ -12,6 +12,8 @@ What distinguishes it from other decoders, each in its own file:
 - chunked layers cache one chunk, however long the context              → `cache`
 - pictures are tokens: features of their patches take the places of `<|patch|>` tokens      → `vision`
 
+On a mesh that splits the sequence, layers see it in another order, which balances their work     → `ops.zigzag`
+
 Reference: `Llama4ForConditionalGeneration` of transformers 5.23, `Transformer` of llama-models 0.3.0; the tests hold
 this model to both, in prefill, decode and gradients.
 """
@@ -29,6 +31,8 @@ from llama4_jax.model.layers import Embedding, Linear, RMSNorm
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.rope import frequencies, rotation
 from llama4_jax.model.vision import VisionEncoder, normalized
+from llama4_jax.ops.mesh_attention import Order
+from llama4_jax.ops.zigzag import can_zigzag, from_zigzag, to_zigzag
 from sharding import constrain
 
 # Pixels (uint8), or numbers from -1 to 1; the tiles of each row's pictures in order, and then perhaps padding.
@@ -79,6 +83,7 @@ class Llama4(nnx.Module):
         images: Images | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        contiguous: bool = True,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, in `precision.logits`.
 
@@ -86,11 +91,15 @@ class Llama4(nnx.Module):
         - positions: of each token in its own document; 0, 1, 2 … if not given
         - segment_ids: document of each token, 0 for padding; one document a row if not given. Tokens see only their
           own document.
+        - contiguous: a promise that the documents of a row stand one after another, and that the positions of each
+          count up by one. It lets kernels skip what they need not read; without it any order is right.
 
         Raises ValueError for images of another size than the encoder's, or given to a model without one, and for more
         `<|patch|>` tokens than the tiles have features (not under `jit`, where the logits are then NaN).
         """
-        hidden, _ = self.hidden(tokens, images=images, positions=positions, segment_ids=segment_ids)
+        hidden, _ = self.hidden(
+            tokens, images=images, positions=positions, segment_ids=segment_ids, contiguous=contiguous
+        )
         return self.logits(hidden)
 
     def hidden(
@@ -100,14 +109,25 @@ class Llama4(nnx.Module):
         images: Images | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        contiguous: bool = True,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """The hidden states that the output head reads, and the router statistics of each expert layer."""
+        aligned = positions is None and segment_ids is None
+        order = Order(contiguous=contiguous, aligned=aligned, zigzag=can_zigzag(tokens.shape[1]))
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x = self._embed(tokens, None if images is None else self._in_place(tokens, self.encode_images(images)))
+        features, index = None, None
+        if images is not None:
+            features = self.encode_images(images)
+            index = self._feature_index(tokens, features)
+        if order.zigzag:
+            per_token = tokens, positions, segment_ids, index
+            tokens, positions, segment_ids, index = jax.tree.map(to_zigzag, per_token)
+        x = self._embed(tokens, None if features is None else _in_place(features, index))
         valid = None if segment_ids is None else segment_ids > 0
-        x, stats = self.decoder(x, self._place(positions, segment_ids), valid)
-        return self.final_norm(x), stats
+        x, stats = self.decoder(x, self._place(positions, segment_ids, order), valid)
+        x = self.final_norm(x)
+        return from_zigzag(x) if order.zigzag else x, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         out = self.lm_head(hidden).astype(self.precision.logits)
@@ -146,7 +166,8 @@ class Llama4(nnx.Module):
         if counts is None:
             counts = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        x, cache = self.decoder.step(self._embed(tokens, features), self._place(positions, None), cache, counts)
+        place = self._place(positions, None, Order())
+        x, cache = self.decoder.step(self._embed(tokens, features), place, cache, counts)
         return self.final_norm(x), cache
 
     def empty_cache(self, batch: int, max_length: int) -> Cache:
@@ -168,18 +189,23 @@ class Llama4(nnx.Module):
             x = jnp.where(is_patch[..., None], features.astype(x.dtype), x)
         return constrain(x, "batch", "seq", "embed")
 
-    def _in_place(self, tokens: Int[Array, "B T"], features: Float[Array, "B patches D"]) -> Float[Array, "B T D"]:
-        """Each row's features at the places of its `<|patch|>` tokens, in order; the rest is of no account."""
+    def _feature_index(self, tokens: Int[Array, "B T"], features: Float[Array, "B patches D"]) -> Int[Array, "B T"]:
+        """Which of its row's features each `<|patch|>` token takes: the first the first. Of others it is any number."""
         index = jnp.cumsum(tokens == self.config.vision.patch_token_id, axis=1) - 1
         if not isinstance(index, jax.core.Tracer) and index.size and (most := int(index.max()) + 1) > features.shape[1]:
             raise ValueError(
                 f"a row of tokens has {most} <|patch|> tokens, but the images have features for {features.shape[1]}: "
                 f"give the tiles of all its pictures."
             )
-        # A token without a feature gets NaN, so that the loss says it where nothing can be raised.
-        return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=jnp.nan))(features, index)
+        return index
 
-    def _place(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Place:
+    def _place(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, order: Order) -> Place:
         config = self.config
         frequency = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        return Place(positions, segment_ids, rotation(positions, frequency))
+        return Place(positions, segment_ids, rotation(positions, frequency), order)
+
+
+def _in_place(features: Float[Array, "B patches D"], index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """features[b, index[b, t]]. A token without a feature gets NaN, so that the loss says it where nothing can be
+    raised."""
+    return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=jnp.nan))(features, index)

@@ -13,23 +13,24 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.attention_reference import HIDDEN, attention_reference, visible
-from llama4_jax.ops.flash_attention import flash_attention
+from llama4_jax.ops.flash_attention import flash_attention, flash_partial
+from llama4_jax.ops.partial_attention import PartialAttention, normalize
 
 DECODE_QUERIES = 8  # at most: their scores are small beside the keys
 
 
-def decode_attention(
+def decode_partial(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     *,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"] | None,
-    k_segments: Int[Array, "B S"] | None,
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
     chunk: int | None,
     scale: float,
-) -> Float[Array, "B N T H"]:
+) -> PartialAttention:
     """Reads each key and value once, as they are: not repeated for the heads of a group, not cast, not copied."""
     num_queries = q.shape[2]
     if q.shape[1] == k.shape[1] and num_queries == 1:
@@ -39,11 +40,37 @@ def decode_attention(
     seen = visible(q_positions, k_positions, q_segments, k_segments, chunk)[:, None, None]
     rows = rearrange(q, "b (k g) t h -> b k (g t) h", k=k.shape[1])
     scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32) * scale
-    scores = rearrange(scores, "b k (g t) s -> b k g t s", t=q.shape[2])
-    weights = jax.nn.softmax(jnp.where(seen, scores, HIDDEN), axis=-1) * seen
-    weights = rearrange(weights, "b k g t s -> b k (g t) s").astype(v.dtype)
-    out = jnp.einsum("bkms,bksh->bkmh", weights, v, preferred_element_type=jnp.float32)
-    return rearrange(out, "b k (g t) h -> b (k g) t h", t=q.shape[2]).astype(q.dtype)[:, :, :num_queries]
+    scores = jnp.where(seen, rearrange(scores, "b k (g t) s -> b k g t s", t=q.shape[2]), HIDDEN)
+    peak = jax.lax.stop_gradient(scores.max(-1))
+    p = jnp.exp(scores - peak[..., None]) * seen
+    out = jnp.einsum(
+        "bkms,bksh->bkmh",
+        rearrange(p, "b k g t s -> b k (g t) s").astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    peak, total = (rearrange(x, "b k g t -> b (k g) t")[:, :, :num_queries] for x in (peak, p.sum(-1)))
+    return PartialAttention(peak, total, rearrange(out, "b k (g t) h -> b (k g) t h", t=q.shape[2])[:, :, :num_queries])
+
+
+def decode_attention(q, k, v, **keywords) -> Float[Array, "B N T H"]:
+    """In one pass over the keys: for few queries."""
+    return normalize(decode_partial(q, k, v, **keywords), q.dtype)
+
+
+def partial_attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    chunk: int | None,
+    scale: float,
+) -> PartialAttention:
+    """What these keys contribute to `attention`, where other devices hold the rest of a cache."""
+    part = decode_partial if q.shape[2] <= DECODE_QUERIES else flash_partial
+    return part(q, k, v, q_positions=q_positions, k_positions=k_positions, chunk=chunk, scale=scale)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B N T H"]]] = {
@@ -68,6 +95,7 @@ def attention(
     k_segments: Int[Array, "B S"] | None = None,
     chunk: int | None = None,
     scale: float,
+    contiguous: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "B N T H"]:
     """Causal attention, grouped: query head n reads kv head n // (N // K). Returns the dtype of `q`.

@@ -7,6 +7,8 @@ Which blocks are computed follows from positions and segments at run time, so pa
 need no case of their own: `plan_blocks` lists, for each block of queries, the blocks of keys with a visible pair; the
 loops run over those lists and nothing else, forward and backward. Blocks that are visible whole come first in a list,
 and skip the mask.
+
+`attend` and `attend_backward` go on from what other keys gave: the ring of `ring_attention` is made of them too.
 """
 
 from functools import partial
@@ -19,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.attention_reference import first_visible
+from llama4_jax.ops.partial_attention import PartialAttention
 
 BLOCK = 256  # tokens; the scores of one block and all its heads should stay in the caches of a CPU
 SMALLEST_BLOCK = 64  # below, the loop costs more than the hidden part of a block
@@ -123,11 +126,11 @@ def _dot(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Flo
 # of one product with their shared keys. Batch and kv heads stay two axes, so that each can be sharded.
 
 
-def _query_blocks(x: Float[Array, "B N T ..."], kv_heads: int, block: int) -> Float[Array, "I B K M ..."]:
+def query_blocks(x: Float[Array, "B N T ..."], kv_heads: int, block: int) -> Float[Array, "I B K M ..."]:
     return rearrange(x, "b (k g) (i t) ... -> i b k (g t) ...", k=kv_heads, t=block)
 
 
-def _from_query_blocks(x: Float[Array, "I B K M ..."], block: int) -> Float[Array, "B N T ..."]:
+def from_query_blocks(x: Float[Array, "I B K M ..."], block: int) -> Float[Array, "B N T ..."]:
     return rearrange(x, "i b k (g t) ... -> b (k g) (i t) ...", t=block)
 
 
@@ -156,8 +159,77 @@ def _loop(plan: BlockPlan, keys: Keys, queries: Queries, block_k: int, step, car
     return lax.fori_loop(plan.num_whole, plan.num_visible, partial(body, True), carry)
 
 
-def _split_queries(queries: Queries, block: int):
+def split_queries(queries: Queries, block: int):
     return Queries(*(rearrange(x, "b (i t) -> i b t", t=block) for x in queries))
+
+
+class Running(NamedTuple):
+    """The online softmax of a block of queries over the keys so far, float32. It goes on from wherever it stopped: over
+    the next block of keys, or over those of another device."""
+
+    peak: Float[Array, "*I B K M"]  # the greatest score, not yet scaled; finite before any
+    total: Float[Array, "*I B K M"]  # Σ exp((score - peak) · scale)
+    out: Float[Array, "*I B K M H"]  # Σ exp((score - peak) · scale) v
+
+
+def begin(q: Float[Array, "*I B K M H"]) -> Running:
+    rows = q.shape[:-1]
+    # A finite first peak: where all keys are hidden, -inf minus it is -inf, not NaN.
+    return Running(jnp.full(rows, -1e30), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
+
+
+def attend(running: Running, q, k, v, queries: Queries, keys: Keys, plan: BlockPlan, scale, block_k: int) -> Running:
+    """One block of queries over all of its blocks of these keys."""
+
+    def step(running, start, seen):
+        k_block, v_block = (lax.dynamic_slice_in_dim(x, start, block_k, axis=2) for x in (k, v))
+        scores = _scores(q, k_block, seen)
+        peak = jnp.maximum(running.peak, scores.max(-1))
+        p = jnp.exp((scores - peak[..., None]) * scale)
+        shrink = jnp.exp((running.peak - peak) * scale)
+        total = running.total * shrink + p.sum(-1)
+        out = running.out * shrink[..., None] + _dot("bkms,bksh->bkmh", p.astype(v.dtype), v_block)
+        return Running(peak, total, out)
+
+    return _loop(plan, keys, queries, block_k, step, running)
+
+
+def finish(running: Running, scale, dtype) -> tuple[Float[Array, "*I B K M H"], Float[Array, "*I B K M"]]:
+    """The output, and the log of the sum of exp(score · scale), which the backward pass needs."""
+    nothing = running.total == 0
+    out = running.out / jnp.where(nothing, 1, running.total)[..., None]
+    # +inf: the backward pass then finds probabilities of exactly 0.
+    return out.astype(dtype), jnp.where(nothing, jnp.inf, running.peak * scale + jnp.log(running.total))
+
+
+class Gradients(NamedTuple):
+    """Sums so far, float32; those of q and k not yet scaled."""
+
+    dq: Float[Array, "B K M H"]  # of one block of queries
+    dk: Float[Array, "B K S H"]
+    dv: Float[Array, "B K S H"]
+
+
+def attend_backward(
+    so_far: Gradients, q, d_out, lse, mean, k, v, queries: Queries, keys: Keys, plan: BlockPlan, scale, block_k: int
+) -> Gradients:
+    """One block of queries. `mean`: Σ_h d_out · out, which is Σ_s p_s dp_s, since out = Σ_s p_s v_s."""
+
+    def step(so_far, start, seen):
+        block_of = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block_k, axis=2)
+        k_block, v_block = block_of(k), block_of(v)
+        p = jnp.exp(_scores(q, k_block, seen) * scale - lse[..., None])
+        dp = _dot("bkmh,bksh->bkms", d_out, v_block)
+        ds = (p * (dp - mean[..., None])).astype(q.dtype)
+
+        def add(total, x):
+            return lax.dynamic_update_slice_in_dim(total, block_of(total) + x, start, axis=2)
+
+        dv = add(so_far.dv, _dot("bkms,bkmh->bksh", p.astype(q.dtype), d_out))
+        dk = add(so_far.dk, _dot("bkms,bkmh->bksh", ds, q))
+        return Gradients(so_far.dq + _dot("bkms,bksh->bkmh", ds, k_block), dk, dv)
+
+    return _loop(plan, keys, queries, block_k, step, so_far)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -168,65 +240,29 @@ def _flash(q, k, v, queries, keys, plan, scale, block_q, block_k):
 def _flash_forward(q, k, v, queries, keys, plan, scale, block_q, block_k):
     def one_block(_, x):
         q, queries, plan = x
+        running = attend(begin(q), q, k, v, queries, keys, plan, scale, block_k)
+        return None, finish(running, scale, q.dtype)
 
-        def step(carry, start, seen):
-            peak, total, out = carry
-            k_block, v_block = (lax.dynamic_slice_in_dim(x, start, block_k, axis=2) for x in (k, v))
-            scores = _scores(q, k_block, seen)
-            new_peak = jnp.maximum(peak, scores.max(-1))
-            p = jnp.exp((scores - new_peak[..., None]) * scale)
-            shrink = jnp.exp((peak - new_peak) * scale)
-            total = total * shrink + p.sum(-1)
-            out = out * shrink[..., None] + _dot("bkms,bksh->bkmh", p.astype(v.dtype), v_block)
-            return new_peak, total, out
-
-        rows = q.shape[:-1]
-        # A finite first peak: where all keys are hidden, -inf minus it is -inf, not NaN.
-        carry = jnp.full(rows, -1e30), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32)
-        peak, total, out = _loop(plan, keys, queries, block_k, step, carry)
-        nothing = total == 0
-        out = out / jnp.where(nothing, 1, total)[..., None]
-        # +inf: the backward pass then finds probabilities of exactly 0.
-        lse = jnp.where(nothing, jnp.inf, peak * scale + jnp.log(total))
-        return None, (out.astype(q.dtype), lse)
-
-    blocks = _query_blocks(q, k.shape[1], block_q), _split_queries(queries, block_q), plan
+    blocks = query_blocks(q, k.shape[1], block_q), split_queries(queries, block_q), plan
     _, (out, lse) = lax.scan(one_block, None, blocks)
-    out, lse = _from_query_blocks(out, block_q), _from_query_blocks(lse, block_q)
+    out, lse = from_query_blocks(out, block_q), from_query_blocks(lse, block_q)
     return out, (q, k, v, out, lse, queries, keys, plan)
 
 
 def _flash_backward(scale, block_q, block_k, residuals, d_out):
     q, k, v, out, lse, queries, keys, plan = residuals
-    # Σ_s p_s dp_s, since out = Σ_s p_s v_s
     mean = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def one_block(d_kv, x):
         q, d_out, lse, mean, queries, plan = x
-
-        def step(carry, start, seen):
-            dq, dk, dv = carry
-            block_of = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block_k, axis=2)
-            k_block, v_block = block_of(k), block_of(v)
-            p = jnp.exp(_scores(q, k_block, seen) * scale - lse[..., None])
-            dp = _dot("bkmh,bksh->bkms", d_out, v_block)
-            ds = (p * (dp - mean[..., None])).astype(q.dtype)
-
-            def add(total, x):
-                return lax.dynamic_update_slice_in_dim(total, block_of(total) + x, start, axis=2)
-
-            dv = add(dv, _dot("bkms,bkmh->bksh", p.astype(q.dtype), d_out))
-            dk = add(dk, _dot("bkms,bkmh->bksh", ds, q))
-            return dq + _dot("bkms,bksh->bkmh", ds, k_block), dk, dv
-
-        carry = jnp.zeros(q.shape, jnp.float32), *d_kv
-        dq, *d_kv = _loop(plan, keys, queries, block_k, step, carry)
+        so_far = Gradients(jnp.zeros(q.shape, jnp.float32), *d_kv)
+        dq, *d_kv = attend_backward(so_far, q, d_out, lse, mean, k, v, queries, keys, plan, scale, block_k)
         return tuple(d_kv), (dq * scale).astype(q.dtype)
 
-    blocks = tuple(_query_blocks(x, k.shape[1], block_q) for x in (q, d_out, lse, mean))
+    blocks = tuple(query_blocks(x, k.shape[1], block_q) for x in (q, d_out, lse, mean))
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    (dk, dv), dq = lax.scan(one_block, zeros, (*blocks, _split_queries(queries, block_q), plan))
-    return _from_query_blocks(dq, block_q), (dk * scale).astype(k.dtype), dv.astype(v.dtype), None, None, None
+    (dk, dv), dq = lax.scan(one_block, zeros, (*blocks, split_queries(queries, block_q), plan))
+    return from_query_blocks(dq, block_q), (dk * scale).astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
@@ -236,6 +272,33 @@ def _pad(x: Array, axis: int, multiple: int, value=0) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths, constant_values=value)
+
+
+class Padded(NamedTuple):
+    """What attention is computed from, in whole blocks. Padding has position -1: as a query it sees nothing, as a key
+    nothing sees it."""
+
+    q: Float[Array, "B N T H"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+    queries: Queries
+    keys: Keys
+
+
+def padded(
+    q, k, v, q_positions, k_positions, q_segments, k_segments, chunk: int | None, block_q: int, block_k: int
+) -> Padded:
+    if q_segments is None:
+        q_segments, k_segments = jnp.zeros_like(q_positions), jnp.zeros_like(k_positions)
+    q, (k, v) = _pad(q, 2, block_q), (_pad(x, 2, block_k) for x in (k, v))
+    q_positions, k_positions = _pad(q_positions, 1, block_q, -1), _pad(k_positions, 1, block_k, -1)
+    queries = Queries(first_visible(q_positions, chunk), q_positions, _pad(q_segments, 1, block_q))
+    return Padded(q, k, v, queries, Keys(k_positions, _pad(k_segments, 1, block_k)))
+
+
+def block_size(length: int, chunk: int | None) -> int:
+    """A good one for a row of `length` tokens: a block larger than a chunk is mostly hidden."""
+    return min(length, BLOCK if chunk is None else min(BLOCK, max(SMALLEST_BLOCK, chunk)))
 
 
 def flash_attention(
@@ -256,16 +319,34 @@ def flash_attention(
 
     `block_q`, `block_k`: tokens of a block; None: a good size for the chunk.
     """
-    if q_segments is None:
-        q_segments, k_segments = jnp.zeros_like(q_positions), jnp.zeros_like(k_positions)
     num_queries = q.shape[2]
-    # A block larger than a chunk is mostly hidden.
-    block = BLOCK if chunk is None else min(BLOCK, max(SMALLEST_BLOCK, chunk))
-    block_q, block_k = min(block_q or block, num_queries), min(block_k or block, k.shape[2])
-    # Padding has position -1: as a query it sees nothing, as a key nothing sees it.
-    q, (k, v) = _pad(q, 2, block_q), (_pad(x, 2, block_k) for x in (k, v))
-    q_positions, k_positions = _pad(q_positions, 1, block_q, -1), _pad(k_positions, 1, block_k, -1)
-    queries = Queries(first_visible(q_positions, chunk), q_positions, _pad(q_segments, 1, block_q))
-    keys = Keys(k_positions, _pad(k_segments, 1, block_k))
-    plan = plan_blocks(queries, keys, block_q, block_k)
-    return _flash(q, k, v, queries, keys, plan, scale, block_q, block_k)[:, :, :num_queries]
+    block_q = min(block_q, num_queries) if block_q else block_size(num_queries, chunk)
+    block_k = min(block_k, k.shape[2]) if block_k else block_size(k.shape[2], chunk)
+    x = padded(q, k, v, q_positions, k_positions, q_segments, k_segments, chunk, block_q, block_k)
+    plan = plan_blocks(x.queries, x.keys, block_q, block_k)
+    return _flash(*x, plan, scale, block_q, block_k)[:, :, :num_queries]
+
+
+def flash_partial(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    *,
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"],
+    chunk: int | None,
+    scale: float,
+) -> PartialAttention:
+    """Of queries to some of their keys, in no segments. For inference: its gradients would hold all scores."""
+    num_queries = q.shape[2]
+    block_q, block_k = block_size(num_queries, chunk), block_size(k.shape[2], chunk)
+    x = padded(q, k, v, q_positions, k_positions, None, None, chunk, block_q, block_k)
+    plan = plan_blocks(x.queries, x.keys, block_q, block_k)
+
+    def one_block(_, block):
+        q, queries, plan = block
+        return None, attend(begin(q), q, x.k, x.v, queries, x.keys, plan, scale, block_k)
+
+    blocks = query_blocks(x.q, k.shape[1], block_q), split_queries(x.queries, block_q), plan
+    peak, total, out = (from_query_blocks(y, block_q)[:, :, :num_queries] for y in lax.scan(one_block, None, blocks)[1])
+    return PartialAttention(peak * scale, total, out)

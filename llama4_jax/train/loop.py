@@ -9,7 +9,8 @@ import functools
 import json
 import math
 import shlex
-import signal
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from llama4_jax.atomic import write_atomically
 from llama4_jax.config import RunConfig, differences, from_json, to_json
@@ -29,11 +33,14 @@ from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.flops import count_parameters, train_flops_per_tile, train_flops_per_token
 from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.processor import image_config
+from llama4_jax.train import hosts
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import learning_rate
+from llama4_jax.train.rows import Rows
 from llama4_jax.train.stage import Stage
-from llama4_jax.train.step import StepMetrics, Trainer, TrainState, batch_shardings, make_trainer
+from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
+from llama4_jax.train.stop import Stop, stop_signals
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
 from llama4_jax.weights.load import initial_weights
 from sharding import make_mesh
@@ -43,12 +50,54 @@ class NotFinite(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def train(config: RunConfig) -> Path:
+class Parts(NamedTuple):
+    """What a run is made of, before anything is compiled or written."""
+
+    directory: epath.Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+    trainer: Trainer
+    rows: Rows
+    batches: Loader
+    heldout: Loader | None
+
+
+def train(config: RunConfig) -> epath.Path:
     """Trains, or goes on training, the run of `config`; returns its directory.
 
     Raises ValueError for a config that does not fit the machine, the data or the run that is there already; OSError if
-    a checkpoint cannot be written; NotFinite. Whatever is raised, the run can be resumed from its last checkpoint.
+    a checkpoint cannot be written; NotFinite. Whatever is raised, the run can be resumed from its last checkpoint. With
+    several hosts, what is wrong on one before the run begins is raised on all, as OnEveryHost.
     """
+    hosts.check_same("config and code", hosts.config_and_code(config))
+    with hosts.together("setting up"):
+        parts = prepare(config)
+    run, trainer, batches = parts.directory, parts.trainer, parts.batches
+    hosts.check_same("data", {"what data.sources hold": batches.get_state()["data"]})
+    checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
+    with jax.set_mesh(parts.mesh), stop_signals(parts.mesh) as stop, contextlib.closing(checkpoints):
+        hosts.check_same("run_dir, which all must share", {f"checkpoints in {run}": str(checkpoints.steps())})
+        state = restore(config, trainer, checkpoints, batches)
+        first = int(state.step)
+        with hosts.together("resuming"):
+            if first > config.steps:
+                raise ValueError(
+                    f"{run} is at step {first} already, and steps is {config.steps}. Give more --steps to train it "
+                    f"further, or this run another --name."
+                )
+            if hosts.index() == 0:
+                parts.tokenizer.save(run)
+                write_atomically(run / "config.json", to_json(config))
+        with contextlib.closing(Log(run, first_step=first, steps=config.steps)) as log:
+            describe(config, parts, first, log)
+            state = run_steps(config, parts, state, checkpoints, log, stop)
+        if int(state.step) == config.steps:
+            show_sample(config, trainer, state, parts.tokenizer, run, log)
+    return run
+
+
+def prepare(config: RunConfig) -> Parts:
+    """Raises ValueError and OSError as `train` does. Waits for no other host."""
     config.check_mesh(jax.device_count())
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -60,35 +109,18 @@ def train(config: RunConfig) -> Path:
     vision = config.model.vision
     pictures = None if vision is None else image_config(vision, tokenizer, max_tiles=config.data.max_tiles)
     trainer = make_trainer(config, mesh, next_token)
-    how = {"pictures": pictures, "process_index": jax.process_index(), "process_count": jax.process_count()}
+    rows = Rows(mesh, config.data.batch_size)
+    how = {"pictures": pictures, "process_index": rows.share, "process_count": rows.shares}
     batches = make_loader(config.data, tokenizer, split="train", **how)
     heldout = None
     if config.data.heldout_fraction:
         heldout = make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **how)
-    run = Path(config.run_dir) / config.name
-    check_same_run(run, config)
-    checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
-    with jax.set_mesh(mesh), stop_signals() as stop, contextlib.closing(checkpoints):
-        state = restore(config, trainer, checkpoints, batches)
-        first = int(state.step)
-        if first > config.steps:
-            raise ValueError(
-                f"{run} is at step {first} already, and steps is {config.steps}. Give more --steps to train it "
-                f"further, or this run another --name."
-            )
-        if jax.process_index() == 0:
-            tokenizer.save(run)
-            write_atomically(run / "config.json", to_json(config))
-        with contextlib.closing(Log(run, first_step=first, steps=config.steps)) as log:
-            describe(config, trainer, first, log)
-            stage = Stage(batches, next_token)
-            state = run_steps(config, trainer, stage, heldout, state, checkpoints, log, run, stop)
-        if int(state.step) == config.steps:
-            show_sample(config, trainer, state, tokenizer, run, log)
-    return run
+    directory = epath.Path(config.run_dir) / config.name
+    check_same_run(directory, config)
+    return Parts(directory, mesh, tokenizer, trainer, rows, batches, heldout)
 
 
-def check_same_run(run: Path, config: RunConfig) -> None:
+def check_same_run(run: epath.Path, config: RunConfig) -> None:
     """Raises ValueError if the directory holds a run with a config that makes other numbers."""
     path = run / "config.json"
     changed = differences(from_json(path.read_text()), config) if path.exists() else []
@@ -129,17 +161,16 @@ def split_leaves(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def run_steps(
     config: RunConfig,
-    trainer: Trainer,
-    stage: Stage,
-    heldout: Loader | None,
+    parts: Parts,
     state: TrainState,
     checkpoints: Checkpoints,
     log: Log,
-    run: Path,
-    stop: Callable[[], bool],
+    stop: Stop,
 ) -> TrainState:
     """The loop. Figures are read when the next step is under way, so that the devices never wait for the console."""
-    evaluate = make_evaluation(trainer)
+    trainer, rows, heldout = parts.trainer, parts.rows, parts.heldout
+    stage = Stage(parts.batches, next_token)
+    evaluate = make_evaluation(trainer, rows)
     schedule = learning_rate(config.optimizer, config.steps)
     rate = Rate(config, peak_flops(trainer.mesh.size))
     first = step = int(state.step)
@@ -166,14 +197,19 @@ def run_steps(
     def save() -> None:
         if step in checkpoints.steps():
             return
+        log.flush()  # so that what is logged up to here is kept before the checkpoint says that it was done
+        jax.block_until_ready(state)  # what the processes tell each other must not meet the collectives of a step
         model, training = split_leaves(state)
         places = all_processes(stage.batches.get_state())
         checkpoints.save(step, model, training, {"step": step, "data": places})
 
-    profile = Profile(config, run, first, log)
-    while step < config.steps and not stop():
+    profile = Profile(config, parts.directory, first, log)
+    while step < config.steps:
+        state, ending = stop.now(state)
+        if ending:
+            break
         profile.before(step)
-        batch = on_devices(next(stage.batches), trainer)
+        batch = rows.on_devices(next(stage.batches))
         state, metrics = trainer.step_at(step)(state, batch, stage.frozen)
         profile.after(step, metrics)
         jax.block_until_ready(previous)  # one step waits while another runs: a signal is heeded soon, the bar is true
@@ -193,7 +229,7 @@ def run_steps(
             log.say(f"step {step}: held-out {measured}")
             rate.start(step)
         if step % config.checkpoint_every == 0 and step < config.steps:
-            report()  # so that what is logged up to here is on disk before the checkpoint says that it was done
+            report()
             save()
     profile.close()
     report()
@@ -260,7 +296,7 @@ class Heldout(NamedTuple):
         return f"{self.bits_per_byte:.4f} bits per byte{share}"
 
 
-def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Iterable[Batch]], Heldout]:
+def make_evaluation(trainer: Trainer, rows: Rows) -> Callable[[TrainState, Iterable[Batch]], Heldout]:
     """Compiled once for a run."""
 
     @jax.jit
@@ -283,7 +319,7 @@ def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Iterable[Batch]],
     def evaluate(state: TrainState, heldout: Iterable[Batch]) -> Heldout:
         nats, length, exact, replies = 0.0, 0, 0, 0
         for batch in heldout:
-            found = jax.device_get(sums(state.params, state.bias, on_devices(batch, trainer)))
+            found = jax.device_get(sums(state.params, state.bias, rows.on_devices(batch)))
             nats, length = nats + float(found[0]), length + int(found[1])
             exact, replies = exact + int(found[2]), replies + int(found[3])
         return Heldout(nats / math.log(2) / length, exact, replies)
@@ -291,57 +327,32 @@ def make_evaluation(trainer: Trainer) -> Callable[[TrainState, Iterable[Batch]],
     return evaluate
 
 
-def on_devices(batch: Batch, trainer: Trainer) -> Batch:
-    """This process's rows as part of the global batch, split over the mesh."""
-    return jax.tree.map(
-        lambda x, place: jax.make_array_from_process_local_data(place, x),
-        batch,
-        batch_shardings(trainer.mesh, images=batch.images is not None),
-    )
-
-
 def all_processes(state: dict) -> list[dict]:
     """Every process's place in the data, for a checkpoint that any number of processes can resume."""
-    if jax.process_count() == 1:
+    if hosts.count() == 1:
         return [state]
-    from jax.experimental import multihost_utils
-
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.array(text.size))))
     padded = np.pad(text, (0, longest - text.size), constant_values=ord(" "))
-    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Within it, SIGTERM and the first Ctrl-C ask the run to save and end; gives a function that says if one came."""
-    received: list[int] = []
-
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, previous[number])  # a second one is taken at its word
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    # Processes that share their rows have read the same.
+    places = dict.fromkeys(row.tobytes() for row in multihost_utils.process_allgather(padded))
+    return [json.loads(place) for place in places]
 
 
 class Profile:
     """With --profile, records three steps for Perfetto or TensorBoard: the sixth to the eighth if the run has so many,
     since the first ones compile and touch their memory."""
 
-    def __init__(self, config: RunConfig, run: Path, first: int, log: Log):
+    def __init__(self, config: RunConfig, run: epath.Path, first: int, log: Log):
         self._directory, self._log = run / "profile", log
         start = first + min(5, max(config.steps - first - 3, 0))
-        self._steps = range(start, start + 3) if config.profile else range(0)
+        self._steps = range(start, start + 3) if config.profile and hosts.index() == 0 else range(0)
         self._recording = False
 
     def before(self, step: int) -> None:
         if step in self._steps and not self._recording:
-            jax.profiler.start_trace(str(self._directory), create_perfetto_trace=True)
+            self._written = Path(tempfile.mkdtemp())  # JAX writes to a disk only
+            jax.profiler.start_trace(self._written, create_perfetto_trace=True)
             self._recording = True
 
     def after(self, step: int, result: Any) -> None:
@@ -353,12 +364,31 @@ class Profile:
         if self._recording:
             self._recording = False
             jax.profiler.stop_trace()
+            copy_files(self._written, self._directory)
+            shutil.rmtree(self._written)
             self._log.say(f"a profile is in {self._directory}: open its perfetto_trace.json.gz in ui.perfetto.dev")
 
 
-def describe(config: RunConfig, trainer: Trainer, step: int, log: Log) -> None:
+def copy_files(source: Path, destination: epath.Path) -> None:
+    """All files under one directory, to the same places under another."""
+    for file in source.rglob("*"):
+        if file.is_file():
+            copy = destination / file.relative_to(source).as_posix()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+
+
+def describe(config: RunConfig, parts: Parts, step: int, log: Log) -> None:
+    """What the run is; and, if it has several hosts, on each of them what it has of it."""
+    if hosts.count() > 1:
+        devices = jax.local_devices()
+        print(
+            f"{hosts.name()} of {hosts.count()}: {len(devices)} of {jax.device_count()} devices "
+            f"({devices[0].device_kind}), rows {parts.rows} of the {config.data.batch_size} of a batch",
+            flush=True,
+        )
     count = count_parameters(config.model)
-    mesh = ", ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items() if size > 1) or "one device"
+    mesh = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items() if size > 1) or "one device"
     pictures = f" and {count.vision / 1e6:,.1f} M for pictures" if count.vision else ""
     log.say(
         f"{config.name}: {count.total / 1e6:,.1f} M parameters, {count.active / 1e6:,.1f} M of them active{pictures}; "
@@ -369,7 +399,7 @@ def describe(config: RunConfig, trainer: Trainer, step: int, log: Log) -> None:
 
 
 def show_sample(
-    config: RunConfig, trainer: Trainer, state: TrainState, tokenizer: Tokenizer, run: Path, log: Log
+    config: RunConfig, trainer: Trainer, state: TrainState, tokenizer: Tokenizer, run: epath.Path, log: Log
 ) -> None:
     """Something that the trained model writes, and the command for more."""
     model = nnx.merge(trainer.graphdef, state.params, state.bias)

@@ -2,16 +2,18 @@
 
 import json
 import math
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llama4_jax.atomic import write_atomically
+from llama4_jax.train import hosts
 from llama4_jax.train.step import StepMetrics
 
 # Dense bfloat16 operations a second of one chip, as published by its maker.
@@ -34,11 +36,11 @@ _PEAK_FLOPS = {
 def peak_flops(num_devices: int) -> float | None:
     """Operations a second that the devices could do at best; None where that is not known.
 
-    Of a CPU it is measured, in float32: its virtual devices share one machine.
+    Of a CPU it is measured, in float32: its virtual devices share one machine. Of several hosts' CPUs it is not known.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return _measured_cpu_flops()
+        return _measured_cpu_flops() if hosts.count() == 1 else None
     peak = _PEAK_FLOPS.get(device.device_kind)
     return None if peak is None else peak * num_devices
 
@@ -78,13 +80,13 @@ class Log:
     Of several processes the first one does; in the others it is silent.
     """
 
-    def __init__(self, run: Path, *, first_step: int, steps: int):
-        leads = jax.process_index() == 0
+    def __init__(self, run: epath.Path, *, first_step: int, steps: int):
+        leads = hosts.index() == 0
         self._file = None
         if leads:
             path = run / "metrics.jsonl"
             _forget_after(path, first_step)
-            self._file = path.open("a")
+            self._file = _RemoteLines(path) if "://" in os.fspath(path) else path.open("a")
         self._board = None
         self._board_directory = run / "tensorboard"
         self.console = Console(highlight=False, soft_wrap=True, quiet=not leads)
@@ -106,7 +108,8 @@ class Log:
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **{k: _json_number(v) for k, v in values.items()}}) + "\n")
-        self._file.flush()
+        if not isinstance(self._file, _RemoteLines):
+            self._file.flush()
         if self._board is None:
             from tensorboardX import SummaryWriter  # heavy, and not needed before the first figure
 
@@ -126,6 +129,11 @@ class Log:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
+    def flush(self) -> None:
+        """What was written before is kept, whatever happens next."""
+        if self._file is not None:
+            self._file.flush()
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -140,7 +148,27 @@ def _json_number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_after(path: Path, step: int) -> None:
+class _RemoteLines:
+    """A file of lines in a bucket, where nothing can be appended: it is written anew, not oftener than every minute."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._lines = [path.read_text()] if path.exists() else []
+        self._written = time.monotonic()
+
+    def write(self, line: str) -> None:
+        self._lines.append(line)
+        if time.monotonic() - self._written > 60:
+            self.flush()
+
+    def flush(self) -> None:
+        write_atomically(self._path, "".join(self._lines))
+        self._written = time.monotonic()
+
+    close = flush
+
+
+def _forget_after(path: epath.Path, step: int) -> None:
     """Drops lines of steps after `step`, which a resumed run takes again, and a last line that was cut in writing."""
     if not path.exists():
         return

@@ -5,16 +5,19 @@
 `model` holds parameters and balance biases under names joined by dots, so that inference reads them alone; `training`
 what else the optimizer needs; `progress` is JSON: the step, and where each process stands in its data. Orbax
 writes into a directory with a temporary name and renames it when it is complete, so a killed run leaves no half
-checkpoint that could be taken for a whole one.
+checkpoint that could be taken for a whole one. Each process writes what its devices hold, and reads what they will,
+whichever processes wrote it; all of them must see the same directory.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
@@ -54,19 +57,21 @@ class Checkpoints:
     `say` is called with a line when a damaged checkpoint is passed over.
     """
 
-    def __init__(self, run: str | Path, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False):
-        self.directory = Path(run).absolute() / "checkpoints"
+    def __init__(
+        self, run: epath.PathLike, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False
+    ):
+        self.directory = epath.Path(run).resolve() / "checkpoints"
         self._say, self._read_only = say, read_only
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
         )
-        handlers = {
+        self._handlers = {
             MODEL: ocp.StandardCheckpointHandler(),
             TRAINING: ocp.StandardCheckpointHandler(),
             PROGRESS: ocp.JsonCheckpointHandler(),
         }
         self._open: Callable[[], ocp.CheckpointManager] = lambda: ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
+            self.directory, options=options, item_handlers=self._handlers
         )
         self._manager = self._open()
 
@@ -103,9 +108,11 @@ class Checkpoints:
             write()
         except Exception as error:
             kept = ", ".join(str(s) for s in self.steps() if s != step) or "none"
-            free = shutil.disk_usage(self.directory).free / 2**20
+            room = ""
+            if "://" not in os.fspath(self.directory):
+                room = f" ({shutil.disk_usage(self.directory).free / 2**20:,.0f} MiB are free there)"
             raise OSError(
-                f"a checkpoint could not be written to {self.directory} ({free:,.0f} MiB are free there): {error}\n"
+                f"a checkpoint could not be written to {self.directory}{room}: {error}\n"
                 f"The earlier checkpoints are intact: {kept}. Make room, then run the same command to go on."
             ) from error
 
@@ -116,11 +123,13 @@ class Checkpoints:
           by default the model is read as it was saved, and the training state is not
 
         A damaged checkpoint is said aloud, and the one before it is tried; once one is read, the damaged ones after it
-        are renamed to `<step>.damaged`. Raises ValueError if all are damaged, which changes nothing; and if a sound one
-        holds other arrays than those asked for.
+        are renamed to `<step>.damaged`. One is damaged if any process cannot read what it needs of it. Raises
+        ValueError if all are damaged, which changes nothing; and if a sound one holds other arrays than those asked
+        for.
         """
         steps, damaged = self.steps()[::-1], []
         for step in steps:
+            found, reason = None, None
             try:
                 progress = dict(self._restore(step, {PROGRESS: ocp.args.JsonRestore()})[PROGRESS])
                 model, training = abstract() if abstract else (None, None)
@@ -129,14 +138,17 @@ class Checkpoints:
                     wanted[TRAINING] = ocp.args.StandardRestore(training)
                 self._check_fits(step, {MODEL: model, TRAINING: training})
                 items = self._restore(step, wanted)
-                self._set_aside(damaged)
-                return Saved(step, items[MODEL], items.get(TRAINING), progress)
+                found = Saved(step, items[MODEL], items.get(TRAINING), progress)
             except OtherArrays:
                 raise
             except Exception as error:  # a damaged file may show as anything
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                self._say(f"checkpoint {self.directory / str(step)} is damaged ({reason}); trying the one before.")
-                damaged.append(step)
+            if _in_every_process(found is not None):
+                self._set_aside(damaged)
+                return found
+            reason = reason or "another process cannot read its part"
+            self._say(f"checkpoint {self.directory / str(step)} is damaged ({reason}); trying the one before.")
+            damaged.append(step)
         if steps:
             raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read: all are damaged.")
         return None
@@ -159,8 +171,10 @@ class Checkpoints:
                     f"changed since."
                 )
 
-    def _restore(self, step: int, wanted: dict) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**wanted))
+    def _restore(self, step: int, wanted: dict) -> dict[str, Any]:
+        """By Orbax's handlers, since its manager makes all processes wait for one that fails."""
+        directory = self.directory / str(step)
+        return {item: self._handlers[item].restore(directory / item, args=args) for item, args in wanted.items()}
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Renames these checkpoints, so that they are not counted among those to keep, nor written over."""
@@ -169,9 +183,13 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in damaged:
                 aside = self.directory / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
+                aside.rmtree(missing_ok=True)
                 (self.directory / str(step)).rename(aside)
                 self._say(f"the damaged checkpoint {step} is now {aside}.")
         multihost_utils.sync_global_devices("damaged checkpoints are renamed")
         self._manager.close()
         self._manager = self._open()
+
+
+def _in_every_process(read: bool) -> bool:
+    return jax.process_count() == 1 or bool(np.all(multihost_utils.process_allgather(np.array(read))))

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from llama4_jax.model.config import ModelConfig, Precision
-from llama4_jax.model.moe import MoE, combine, dispatch, sort_by_expert
+from llama4_jax.model.moe import MoE
+from llama4_jax.ops.experts import combine, dispatch, sort_by_expert
 
 
 def make_moe(top_k=1, num_experts=4, router_bias=False) -> MoE:
@@ -74,13 +75,13 @@ def test_padding_is_neither_computed_nor_counted():
 
 def test_the_balance_bias_decides_who_is_chosen_but_not_how_much_they_count():
     moe = make_moe(router_bias=True)
-    logits = jnp.array([[1.0, 0.9, -2.0, 0.0]])
+    logits = jnp.array([[[1.0, 0.9, -2.0, 0.0]]])
     expert, gate = moe.choose(logits)
-    assert expert.tolist() == [[0]]
+    assert expert.tolist() == [[[0]]]
     moe.bias[...] = jnp.array([0.0, 0.5, 0.0, 0.0])
     expert, gate = moe.choose(logits)
-    assert expert.tolist() == [[1]]
-    np.testing.assert_allclose(gate, jax.nn.sigmoid(jnp.array([[0.9]])))
+    assert expert.tolist() == [[[1]]]
+    np.testing.assert_allclose(gate, jax.nn.sigmoid(jnp.array([[[0.9]]])))
 
 
 def test_gates_are_not_normalised_so_the_router_learns_with_one_expert():
@@ -94,20 +95,19 @@ def test_gates_are_not_normalised_so_the_router_learns_with_one_expert():
 def test_dispatch_and_combine_are_each_others_transposes():
     key = jax.random.key(0)
     expert = jax.random.randint(key, (7, 2), 0, 3)
-    routing = sort_by_expert(expert, jnp.ones((7, 2)), jnp.ones(7, bool), 3)
-    places = (routing.token, routing.sorted_at)
+    routing = sort_by_expert(expert, jnp.ones((7, 2)), 3)
     rows, y = jax.random.normal(key, (7, 4)), jax.random.normal(key, (14, 4))
-    np.testing.assert_allclose(jnp.vdot(dispatch(rows, *places), y), jnp.vdot(rows, combine(y, *places)), rtol=1e-5)
+    np.testing.assert_allclose(jnp.vdot(dispatch(rows, routing), y), jnp.vdot(rows, combine(y, routing)), rtol=1e-5)
     for function, x in ((dispatch, rows), (combine, y)):
-        plain = {dispatch: lambda x: x[places[0]], combine: lambda x: x[places[1]].sum(1)}[function]
-        ours = jax.grad(lambda x, f=function: jnp.sum(jnp.sin(f(x, *places))))(x)
+        plain = {dispatch: lambda x: x[routing.token], combine: lambda x: x[routing.sorted_at].sum(1)}[function]
+        ours = jax.grad(lambda x, f=function: jnp.sum(jnp.sin(f(x, routing))))(x)
         np.testing.assert_allclose(ours, jax.grad(lambda x, f=plain: jnp.sum(jnp.sin(f(x))))(x), atol=1e-6)
 
 
-def test_choices_are_sorted_by_expert_and_padding_comes_last():
-    expert = jnp.array([[2], [0], [1], [0]])
-    kept = jnp.array([True, True, False, True])
-    routing = sort_by_expert(expert, jnp.arange(4.0)[:, None], kept, 3)
+@pytest.mark.parametrize("nobody", [3, -1, 7])
+def test_choices_are_sorted_by_expert_and_those_of_none_come_last(nobody):
+    expert = jnp.array([[2], [0], [nobody], [0]])
+    routing = sort_by_expert(expert, jnp.arange(4.0)[:, None], 3)
     assert routing.token.tolist() == [1, 3, 0, 2]
     assert routing.gate.tolist() == [1, 3, 0, 2]
     assert routing.group_sizes.tolist() == [2, 0, 1]

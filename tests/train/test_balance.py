@@ -40,10 +40,10 @@ def test_even_use_gives_a_switch_loss_of_one_and_what_is_off_gives_zero():
 
 def of_logits(logits) -> RouterStats:
     """The statistics of one layer, top 1."""
-    chosen = jnp.argmax(logits, axis=-1)
-    counts = jnp.sum(jax.nn.one_hot(chosen, logits.shape[-1], dtype=jnp.int32), axis=0)
+    logits = logits[None]  # one row
+    chosen = jnp.argmax(logits, axis=-1, keepdims=True)
     gate = jax.nn.sigmoid(jnp.max(logits, axis=-1, keepdims=True))
-    stats = router_stats(logits, gate, counts, jnp.ones(len(logits), bool))
+    stats = router_stats(logits, chosen, gate, jnp.ones(logits.shape[:2], bool))
     return RouterStats(*(x[None] for x in stats))
 
 

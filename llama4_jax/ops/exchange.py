@@ -1,0 +1,216 @@
+"""Rows go to the devices of their experts, are computed there, and come back: expert parallelism without dropping.
+
+How many rows a device gets is known at run time only, and may be all of them, but arrays have fixed shapes. So they
+come in rounds: in each one every device takes the next rows meant for it, as many as it has room for, which is a
+little more than its even share. Balanced experts need one round. Unbalanced ones cost more rounds, and neither memory
+nor tokens.
+
+Two transports, which move the same rows:
+
+- "gather": all rows go to all devices of the axis once, and each picks its own; results are summed back, each row being
+  0 but on one device. Runs everywhere.
+- "ragged": each row goes to its device alone, by `lax.ragged_all_to_all`; an axis of P devices moves a P-th of the
+  bytes. TPU (XLA has none on a CPU).
+
+The backward pass runs the same rounds again, and keeps nothing of the forward pass but its arguments.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from sharding import platform, ways
+
+# A device has room for so many times its even share: what one round takes of experts that are almost balanced.
+ROOM = 1.25
+
+# (rows sorted by expert [R D], rows of each expert here, weights) -> [R D]
+Apply = Callable[[Float[Array, "R D"], Int[Array, " E"], Any], Float[Array, "R D"]]
+
+
+class Window(NamedTuple):
+    """The rows of one round, on this device. P devices; R rows each has to send; r rows it has room for."""
+
+    # To each device: where its rows begin among mine, how many go, and where they are put there.
+    send_from: Int[Array, " P"]
+    send_size: Int[Array, " P"]
+    send_to: Int[Array, " P"]
+    # The same on the way back, of the rows that came from each device.
+    return_from: Int[Array, " P"]
+    return_size: Int[Array, " P"]
+    return_to: Int[Array, " P"]
+    order: Int[Array, " r"]  # sorts what came by expert
+    source: Int[Array, " r"]  # of each row so sorted: its number among the P · R rows of all devices; P · R: none
+    group_sizes: Int[Array, " E"]  # rows of each expert here
+
+
+def _window(counts: Int[Array, "P E"], axes: tuple[str, ...], num_rows: int, room: int, lo: Int[Array, ""]) -> Window:
+    """Every device sees itself as the owner of a sequence: the rows meant for it, by sender, then by expert. A round
+    takes the places lo to lo + room of each."""
+    me, devices = lax.axis_index(axes), counts.shape[0]
+    mine = lax.dynamic_slice_in_dim(counts, me * (counts.shape[1] // devices), counts.shape[1] // devices, axis=1)
+    blocks = counts.reshape(devices, devices, -1).sum(-1)  # [sender, receiver]
+    start = jnp.cumsum(blocks, axis=0) - blocks  # of each block in the receiver's sequence
+    base = jnp.cumsum(blocks, axis=1) - blocks  # of each block among the sender's rows
+    first = jnp.clip(lo - start, 0, blocks)
+    size = jnp.clip(lo + room - start, 0, blocks) - first
+    place = jnp.maximum(start + first - lo, 0)
+
+    at = lo + jnp.arange(room, dtype=jnp.int32)
+    ends = jnp.cumsum(mine.reshape(-1))
+    piece = jnp.searchsorted(ends, at, side="right", method="compare_all")  # which sender's rows of which expert
+    sender, expert = jnp.minimum(piece // mine.shape[1], devices - 1), piece % mine.shape[1]
+    there = at < ends[-1]
+    order = jnp.argsort(jnp.where(there, expert, mine.shape[1]), stable=True)
+    source = sender * num_rows + base[sender, me] + at - start[sender, me]
+    inside = jnp.clip(ends - lo, 0, room) - jnp.clip(ends - mine.reshape(-1) - lo, 0, room)
+    return Window(
+        send_from=base[me] + first[me],
+        send_size=size[me],
+        send_to=place[me],
+        return_from=place[:, me],
+        return_size=size[:, me],
+        return_to=(base + first)[:, me],
+        order=order,
+        source=jnp.where(there, source, devices * num_rows)[order],
+        group_sizes=inside.reshape(mine.shape).sum(0),
+    )
+
+
+class _Gather:
+    @staticmethod
+    def hold(rows, axes):
+        return lax.all_gather(rows, axes, tiled=True)
+
+    @staticmethod
+    def take(held, window: Window, axes):
+        return held.at[window.source].get(mode="fill", fill_value=0, unique_indices=True)
+
+    @staticmethod
+    def put(out, rows, window: Window, axes):
+        return out.at[window.source].set(rows, mode="drop", unique_indices=True)
+
+    @staticmethod
+    def finish(out, axes):
+        return lax.psum_scatter(out, axes, tiled=True)
+
+
+class _Ragged:
+    @staticmethod
+    def hold(rows, axes):
+        return rows
+
+    @staticmethod
+    def take(held, window: Window, axes):
+        empty = jnp.zeros((window.order.size, held.shape[1]), held.dtype)
+        came = lax.ragged_all_to_all(
+            held, empty, window.send_from, window.send_size, window.send_to, window.return_size, axis_name=axes
+        )
+        return came[window.order]
+
+    @staticmethod
+    def put(out, rows, window: Window, axes):
+        as_they_came = jnp.zeros_like(rows).at[window.order].set(rows, unique_indices=True)
+        return lax.ragged_all_to_all(
+            as_they_came, out, window.return_from, window.return_size, window.return_to, window.send_size,
+            axis_name=axes,
+        )  # fmt: skip
+
+    @staticmethod
+    def finish(out, axes):
+        return out
+
+
+TRANSPORTS = {"gather": _Gather, "ragged": _Ragged}
+
+
+def exchange(
+    apply: Apply,
+    axes: tuple[str, ...],
+    all_axes: tuple[str, ...],
+    transport: str,
+    rows: Float[Array, "R D"],
+    counts: Int[Array, " E"],
+    weights: Any,
+) -> Float[Array, "R D"]:
+    """Within `shard_map`: `apply` to each row on the device of its expert. Differentiable in `rows` and `weights`.
+
+    - axes: mesh axes that split the experts, in order
+    - all_axes: those that split the tokens, `axes` among them
+    - transport: a key of TRANSPORTS, or "auto": the best for the platform
+    - rows: sorted by expert, of all experts; after the last one's, rows that are not sent and give 0
+    - counts: how many rows of this device chose each expert
+    - weights: of this device's experts
+
+    Raises ValueError for an unknown transport.
+    """
+    if transport == "auto":
+        transport = "ragged" if platform() == "tpu" else "gather"
+    if transport not in TRANSPORTS:
+        raise ValueError(f"unknown transport {transport!r}: expected one of {', '.join(['auto', *TRANSPORTS])}.")
+    return _exchange(apply, axes, all_axes, transport, rows, counts, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _exchange(apply, axes, all_axes, transport, rows, counts, weights):
+    move = TRANSPORTS[transport]
+    held = move.hold(rows, axes)
+
+    def one(window: Window, out):
+        y = apply(move.take(held, window, axes), window.group_sizes, weights)
+        return move.put(out, y, window, axes)
+
+    return move.finish(_rounds(one, jnp.zeros_like(held), axes, all_axes, counts, len(rows)), axes)
+
+
+def _forward(apply, axes, all_axes, transport, rows, counts, weights):
+    return _exchange(apply, axes, all_axes, transport, rows, counts, weights), (rows, counts, weights)
+
+
+def _backward(apply, axes, all_axes, transport, saved, g):
+    rows, counts, weights = saved
+    move = TRANSPORTS[transport]
+    held, held_g = move.hold(rows, axes), move.hold(g, axes)
+
+    def one(window: Window, carry):
+        d_rows, d_weights = carry
+        x, g = move.take(held, window, axes), move.take(held_g, window, axes)
+        _, pull = jax.vjp(lambda x, weights: apply(x, window.group_sizes, weights), x, weights)
+        d_x, d_w = pull(g)
+        d_weights = jax.tree.map(lambda total, d: total + d.astype(jnp.float32), d_weights, d_w)
+        return move.put(d_rows, d_x, window, axes), d_weights
+
+    zeros = jnp.zeros_like(held), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    d_rows, d_weights = _rounds(one, zeros, axes, all_axes, counts, len(rows))
+    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
+    return move.finish(d_rows, axes), None, d_weights
+
+
+_exchange.defvjp(_forward, _backward)
+
+
+def _rounds(one: Callable[[Window, Any], Any], carry, axes, all_axes, counts: Int[Array, " E"], num_rows: int):
+    """carry = one(window, carry) until all rows have come to their devices."""
+    devices = ways(axes)
+    room = min(devices * num_rows, _rounded_up(int(ROOM * num_rows)))
+    counts = lax.all_gather(counts, axes)
+    fullest = counts.sum(0).reshape(devices, -1).sum(1).max()
+    # As many on every device of the mesh, since the devices of an axis wait for each other in each.
+    turns = lax.pmax((fullest + room - 1) // room, all_axes)
+
+    def body(state):
+        turn, carry = state
+        return turn + 1, one(_window(counts, axes, num_rows, room, turn * room), carry)
+
+    return lax.while_loop(lambda state: state[0] < turns, body, (jnp.int32(0), carry))[1]
+
+
+def _rounded_up(rows: int) -> int:
+    """To what kernels want to tile."""
+    tile = 512 if rows > 2048 else 8
+    return -(-rows // tile) * tile

@@ -1,0 +1,187 @@
+"""The routed experts of a layer, on one device or on a mesh: tokens move, experts stay where they are.
+
+On a mesh everything here runs in `shard_map`, so that every collective is written out:
+
+- weights: each device gathers, over the axes that split their embed dimension (fsdp), the part it multiplies with
+- tokens split over `expert`: they go to the devices of their experts and back (`exchange`)
+- tokens that all devices of `expert` hold, as when decoding: each device computes those that chose its experts, and
+  the results are summed; a few tokens are not worth sending to and fro
+- `tensor` splits the width of every expert: partial results are summed
+
+Dropless: sorted by expert and multiplied in groups, every choice of every token is computed, on whatever mesh.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.ops.exchange import exchange
+from llama4_jax.ops.grouped_matmul import grouped_matmul
+from llama4_jax.ops.swiglu import swiglu
+from sharding import activation_spec, parameter_spec, ways
+
+
+class ExpertWeights(NamedTuple):
+    gate_up: Float[Array, "E D 2 F"]
+    down: Float[Array, "E F D"]
+
+
+GATE_UP_AXES = ("experts", "embed", "gate_up", "mlp")
+DOWN_AXES = ("experts", "mlp", "embed")
+
+
+def experts(
+    x: Float[Array, "B T D"],
+    expert: Int[Array, "B T top_k"],
+    gate: Float[Array, "B T top_k"],
+    weights: ExpertWeights,
+    *,
+    implementation: str = "auto",
+    transport: str = "auto",
+) -> Float[Array, "B T D"]:
+    """Σ over a token's choices of expert(gate · x): a gate scales the *input*. In x's dtype; weights are cast to it.
+
+    - expert: which experts each token chose; one that does not exist, such as E, is none, and gives 0
+    - implementation: of `grouped_matmul`
+    - transport: of `exchange`, where the mesh in use splits tokens and experts
+
+    Raises ValueError for an unknown implementation or transport.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        rows, expert, gate = (rearrange(y, "B T n -> (B T) n") for y in (x, expert, gate))
+        weights = ExpertWeights(*(w.astype(x.dtype) for w in weights))
+        return _local(rows, expert, gate, weights, implementation).reshape(x.shape)
+
+    tokens = activation_spec(x.shape, "rows", "seq", "embed")
+    choices = PartitionSpec(*tokens[:2], None)
+    parts = ExpertWeights(
+        parameter_spec(weights.gate_up.shape, *GATE_UP_AXES), parameter_spec(weights.down.shape, *DOWN_AXES)
+    )
+    expert_axes, width_axes = _axes(parts.down[0]), _axes(parts.down[1])
+    token_axes = (*_axes(tokens[0]), *_axes(tokens[1]))
+    travel = set(expert_axes) <= set(token_axes)
+
+    def on_device(x, expert, gate, weights):
+        own = ExpertWeights(
+            _gathered(weights.gate_up, x.dtype, _axes(parts.gate_up[1]), 1),
+            _gathered(weights.down, x.dtype, _axes(parts.down[2]), 2),
+        )
+        rows, expert, gate = (rearrange(y, "B T n -> (B T) n") for y in (x, expert, gate))
+        if expert_axes and travel:
+            num_experts = len(own.down) * ways(expert_axes)
+            routing = sort_by_expert(expert, gate, num_experts)
+            multiply = partial(_multiply, implementation)
+            sent = dispatch(rows, routing) * routing.gate.astype(x.dtype)[:, None]
+            y = exchange(multiply, expert_axes, token_axes, transport, sent, routing.group_sizes, own)
+            y, summed = combine(y, routing), width_axes
+        else:
+            expert -= lax.axis_index(expert_axes) * len(own.down) if expert_axes else 0
+            y, summed = _local(rows, expert, gate, own, implementation), (*expert_axes, *width_axes)
+        return (lax.psum(y, summed) if summed else y).reshape(x.shape)
+
+    mapped = jax.shard_map(
+        on_device, in_specs=(tokens, choices, choices, parts), out_specs=tokens, check_vma=False
+    )  # fmt: skip
+    return mapped(x, expert, gate, weights)
+
+
+def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if part is None else (part,) if isinstance(part, str) else part
+
+
+def _local(rows, expert, gate, weights: ExpertWeights, implementation: str) -> Float[Array, "tokens D"]:
+    """Of the experts that are here; choices of others give 0."""
+    routing = sort_by_expert(expert, gate, len(weights.down))
+    x = dispatch(rows, routing) * routing.gate.astype(rows.dtype)[:, None]
+    return combine(_multiply(implementation, x, routing.group_sizes, weights), routing)
+
+
+def _multiply(
+    implementation: str, x: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
+) -> Float[Array, "R D"]:
+    """Each row through the expert of its group."""
+    gate_up = grouped_matmul(
+        x, rearrange(weights.gate_up, "E D two F -> E D (two F)"), group_sizes, implementation=implementation
+    )
+    hidden = swiglu(rearrange(gate_up, "R (two F) -> R two F", two=2))
+    return grouped_matmul(hidden, weights.down, group_sizes, implementation=implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(w: Float[Array, "..."], dtype, axes: tuple[str, ...], dimension: int) -> Float[Array, "..."]:
+    """All parts of w along the dimension that these mesh axes split, in `dtype`; so it travels, too. Its gradient is
+    summed in float32."""
+    w = w.astype(dtype)
+    return lax.all_gather(w, axes, axis=dimension, tiled=True) if axes else w
+
+
+def _gathered_backward(dtype, axes, dimension, like, g):
+    g = g.astype(jnp.float32)
+    if axes:
+        g = lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
+    return (g.astype(like.dtype),)
+
+
+# The empty slice carries w's dtype to the backward pass.
+_gathered.defvjp(lambda w, dtype, axes, dimension: (_gathered(w, dtype, axes, dimension), w[:0]), _gathered_backward)
+
+
+class Routing(NamedTuple):
+    """Which rows go where. R = tokens · top_k choices, sorted by expert; those of no expert come last."""
+
+    token: Int[Array, " R"]  # of each sorted choice
+    gate: Float[Array, " R"]  # of each sorted choice, float32
+    sorted_at: Int[Array, "tokens top_k"]  # where each token's choices went: the inverse of `token`
+    group_sizes: Int[Array, " E"]
+
+
+def sort_by_expert(expert: Int[Array, "tokens top_k"], gate: Float[Array, "tokens top_k"], num_experts: int) -> Routing:
+    """Orders all choices by expert, stably. One that is not in [0, num_experts) comes last and is never computed."""
+    tokens, top_k = expert.shape
+    flat = jnp.where((expert >= 0) & (expert < num_experts), expert, num_experts).reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sorted_at = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return Routing(order // top_k, gate.reshape(-1)[order], sorted_at.reshape(tokens, top_k), group_sizes)
+
+
+def dispatch(rows: Float[Array, "tokens D"], routing: Routing) -> Float[Array, "R D"]:
+    """The row of each sorted choice's token."""
+    return _dispatch(rows, routing.token, routing.sorted_at)
+
+
+def combine(y: Float[Array, "R D"], routing: Routing) -> Float[Array, "tokens D"]:
+    """The sum of each token's choices."""
+    return _combine(y, routing.token, routing.sorted_at)
+
+
+# Copying rows to their places and summing them back are each other's transposes. Written as gathers in both
+# directions, since the scatter-add that autodiff would make of a gather is slow everywhere.
+
+
+@jax.custom_vjp
+def _dispatch(rows, token, sorted_at):
+    return rows[token]
+
+
+@jax.custom_vjp
+def _combine(y, token, sorted_at):
+    return jnp.sum(y[sorted_at], axis=1)
+
+
+_dispatch.defvjp(
+    lambda rows, token, sorted_at: (_dispatch(rows, token, sorted_at), (token, sorted_at)),
+    lambda places, g: (_combine(g, *places), None, None),
+)
+_combine.defvjp(
+    lambda y, token, sorted_at: (_combine(y, token, sorted_at), (token, sorted_at)),
+    lambda places, g: (_dispatch(g, *places), None, None),
+)

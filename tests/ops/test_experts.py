@@ -1,0 +1,163 @@
+"""Experts on any mesh, by any transport and however unevenly loaded: outputs and gradients of one device."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+
+from llama4_jax.ops import exchange as exchange_module
+from llama4_jax.ops.experts import DOWN_AXES, GATE_UP_AXES, ExpertWeights, experts
+from sharding import SERVING, TRAINING, MeshConfig, activation_spec, make_mesh, parameter_spec, use_rules
+
+MESHES = {
+    "expert 8": MeshConfig(data=1, expert=8),
+    "expert 4, tensor 2": MeshConfig(data=1, expert=4, tensor=2),
+    "data 2, expert 2, tensor 2": MeshConfig(data=2, expert=2, tensor=2),
+    "fsdp 2, expert 4": MeshConfig(data=1, fsdp=2, expert=4),
+    "expert 4, context 2": MeshConfig(data=1, expert=4, context=2),
+    "fsdp 4, tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
+}
+EVEN, SKEWED, ONE = "even", "skewed", "one"
+
+
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What `lax.ragged_all_to_all` says that it does, which XLA has not on a CPU."""
+    every = [jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)]
+    me = jax.lax.axis_index(axis_name)
+    row = jnp.arange(len(output))
+    for operand, start, size, to in zip(*every, strict=True):
+        place = row - to[me]
+        came = (place >= 0) & (place < size[me])
+        output = jnp.where(came[:, None], operand[jnp.where(came, start[me] + place, 0)], output)
+    return output
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_cpu_that_can():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+        yield
+
+
+def example(load: str, top_k: int = 1, batch: int = 8, seq: int = 6, num_experts: int = 8, seed: int = 0):
+    draw = np.random.default_rng(seed)
+    dim, width = 16, 8
+    if load == ONE:
+        expert = np.full((batch, seq, top_k), 3) + np.arange(top_k)
+    else:
+        odds = np.full(num_experts, 1.0) if load == EVEN else np.exp(-1.5 * np.arange(num_experts))
+        expert = np.argsort(-np.log(odds) + draw.gumbel(size=(batch, seq, num_experts)), axis=-1)[..., :top_k]
+    expert = np.where(draw.random((batch, seq, 1)) < 0.1, num_experts, expert)  # padding
+    weights = ExpertWeights(
+        draw.normal(0, 0.3, (num_experts, dim, 2, width)).astype(np.float32),
+        draw.normal(0, 0.3, (num_experts, width, dim)).astype(np.float32),
+    )
+    x, gate = draw.normal(size=(batch, seq, dim)), draw.random((batch, seq, top_k))
+    return x.astype(np.float32), expert.astype(np.int32), gate.astype(np.float32), weights
+
+
+@functools.partial(jax.jit, static_argnames=("transport", "mesh", "rules"))
+def value_and_gradients(x, expert, gate, weights, *, transport="auto", mesh=None, rules=TRAINING):
+    def loss(x, gate, weights):
+        with use_rules(rules):
+            y = experts(x, expert, gate, weights, transport=transport)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, gate, weights)
+    return y, gradients
+
+
+def on_mesh(arguments, mesh, transport, rules=TRAINING):
+    x, *_, weights = arguments
+    with jax.set_mesh(mesh), use_rules(rules):
+        tokens = activation_spec(x.shape, "rows", "seq", "embed")
+        places = (
+            tokens, tokens, tokens,
+            ExpertWeights(
+                parameter_spec(weights.gate_up.shape, *GATE_UP_AXES), parameter_spec(weights.down.shape, *DOWN_AXES)
+            ),
+        )  # fmt: skip
+        arguments = jax.tree.map(lambda a, p: jax.device_put(a, NamedSharding(mesh, p)), arguments, places)
+        return value_and_gradients(*arguments, transport=transport, mesh=mesh, rules=rules)
+
+
+def assert_equal(mine, theirs):
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("transport", "load", "top_k"),
+    [("gather", EVEN, 1), ("gather", ONE, 1), ("ragged", SKEWED, 1), ("ragged", ONE, 2), ("gather", SKEWED, 2)],
+)
+def test_a_mesh_computes_what_one_device_does(mesh, transport, load, top_k):
+    arguments = example(load, top_k)
+    assert_equal(on_mesh(arguments, make_mesh(MESHES[mesh]), transport), value_and_gradients(*arguments))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("mesh", ["expert 4, tensor 2", "data 2, expert 2, tensor 2"])
+def test_tokens_that_all_devices_hold_stay_where_they_are(mesh, batch):
+    arguments = example(SKEWED, batch=batch, seq=1)
+    got = on_mesh(arguments, make_mesh(MESHES[mesh]), "auto", SERVING)
+    assert_equal(got, value_and_gradients(*arguments))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    load=st.sampled_from([EVEN, SKEWED, ONE]), transport=st.sampled_from(["gather", "ragged"]),
+    seed=st.integers(0, 99), top_k=st.integers(1, 3), seq=st.sampled_from([1, 3]), num_experts=st.sampled_from([4, 8]),
+)  # fmt: skip
+def test_whoever_is_chosen_nothing_is_dropped(load, transport, seed, top_k, seq, num_experts):
+    arguments = example(load, top_k, seq=seq, seed=seed, num_experts=num_experts)
+    got = on_mesh(arguments, make_mesh(MESHES["expert 4, tensor 2"]), transport)
+    assert_equal(got, value_and_gradients(*arguments))
+
+
+def test_balanced_experts_take_one_round_and_a_single_one_takes_as_many_as_it_needs(monkeypatch):
+    turns = []
+
+    def counting(condition, body, state):
+        jax.debug.callback(lambda n: turns.append(int(n)), jax.lax.while_loop(condition, body, state)[0])
+        return jax.lax.while_loop(condition, body, state)
+
+    class Lax:
+        while_loop = staticmethod(counting)
+
+        def __getattr__(self, name):
+            return getattr(jax.lax, name)
+
+    monkeypatch.setattr(exchange_module, "lax", Lax())
+    mesh = make_mesh(MESHES["expert 8"])
+    for load, expected in ((EVEN, {1}), (ONE, {6})):
+        x, expert, gate, weights = example(load, seq=32)
+        if load == EVEN:
+            expert = np.broadcast_to(np.arange(32) % 8, (8, 32))[..., None].astype(np.int32)
+        turns.clear()
+        with jax.set_mesh(mesh):
+            jax.block_until_ready(jax.jit(functools.partial(experts, transport="gather"))(x, expert, gate, weights))
+        jax.effects_barrier()
+        assert turns and set(turns) <= expected
+
+
+def test_experts_stay_where_they_are():
+    """With experts split over all devices, no weight is moved, and no gradient of one."""
+    arguments = example(EVEN)
+    mesh = make_mesh(MESHES["expert 8"])
+    with jax.set_mesh(mesh):
+        text = value_and_gradients.lower(*arguments, transport="gather", mesh=mesh).compile().as_text()
+    moved = re.findall(r" = \(?\w+\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all)\(", text)
+    assert ("48,16", "all-gather") in moved  # the tokens of all eight devices: rows of 16 numbers
+    assert all(shape.count(",") < 2 for shape, _ in moved)  # weights have three axes and four
+
+
+def test_an_unknown_transport_is_named():
+    with jax.set_mesh(make_mesh(MESHES["expert 8"])), pytest.raises(ValueError, match="transport 'mail': expected one"):
+        jax.jit(functools.partial(experts, transport="mail"))(*example(EVEN))
