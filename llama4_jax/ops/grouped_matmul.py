@@ -24,6 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from llama4_jax.ops.grouped_kernels import megablox, mosaic_gpu
+from sharding import platform
+
 
 def grouped_matmul(
     x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"], *, implementation: str = "auto"
@@ -37,11 +40,10 @@ def grouped_matmul(
         implementation: a key of IMPLEMENTATIONS, or "auto": the best one for the platform it is compiled for.
 
     Returns the products in x's dtype, summed in float32. So are both gradients; w's is in w's dtype.
-    Raises ValueError for an unknown implementation.
+    Raises ValueError for an unknown implementation, and one that cannot serve here.
     """
     if implementation == "auto":
-        others = {platform: IMPLEMENTATIONS[name] for platform, name in PLATFORM_DEFAULTS.items()}
-        return lax.platform_dependent(x, w, group_sizes, **others, default=blocks)
+        implementation = PLATFORM_DEFAULTS.get(platform(), "blocks")
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"unknown grouped_matmul implementation {implementation!r}: expected one of {known}.")
@@ -64,9 +66,14 @@ def blocks(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Ar
     return _blocks(x, w, group_sizes)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "blocks": blocks}
-# What "auto" means on the platforms ("cpu", "tpu", "cuda", "rocm") where it is not "blocks".
-PLATFORM_DEFAULTS: dict[str, str] = {}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "blocks": blocks,
+    "megablox": megablox,
+    "mosaic_gpu": mosaic_gpu,
+}
+# What "auto" means where it is not "blocks". A kernel whose results nobody has seen on its hardware is not among them.
+PLATFORM_DEFAULTS: dict[str, str] = {"tpu": "megablox"}
 
 
 @jax.custom_vjp

@@ -192,4 +192,4 @@ class Checkpoints:
 
 
 def _in_every_process(read: bool) -> bool:
-    return jax.process_count() == 1 or bool(np.all(multihost_utils.process_allgather(np.array(read))))
+    return read if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(read))))

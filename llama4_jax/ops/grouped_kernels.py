@@ -1,0 +1,113 @@
+"""Grouped products by the kernels that come with JAX: megablox on TPUs, a Mosaic kernel on Hopper GPUs.
+
+A library of kernels gives two products, rows · matrix of their group and, for each group, rowsᵀ · rows; the second is
+the gradient of the matrices. Both are wrapped alike: shapes are padded to whole tiles, and rows of no group, which no
+kernel writes, are set to 0.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sharding import platform
+
+
+class Kernels(NamedTuple):
+    """- rows: (x [R I], w [E I O], sizes, transposed) → [R O] in x's dtype; transposed: w is [E O I]
+    - outer: (x [R I], g [R O], sizes) → [E I O], float32 sums in x's dtype or float32
+    - tile: R is a multiple of it, I and O of `width`"""
+
+    rows: Callable[..., Array]
+    outer: Callable[..., Array]
+    tile: int
+    width: int
+
+
+def megablox(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """`jax.experimental.pallas.ops.tpu.megablox`: only tiles with rows of a group are computed. On a CPU Pallas
+    interprets it, which is slow and for tests. Raises ValueError on other platforms."""
+    if platform() not in ("tpu", "cpu"):
+        raise ValueError(f"grouped_matmul: megablox is made for TPUs, and this is compiled for a {platform()}.")
+    # The package exports a function of this module's name.
+    kernel = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    interpret = platform() == "cpu"
+    tile = min(512, _rounded_up(x.shape[0], 16))
+
+    def tiling(inner: int, outer: int) -> tuple[int, int, int]:
+        # Two buffers of each operand and result and a float32 sum: 10 MiB of the 16 that a kernel gets.
+        return tile, min(1024, _rounded_up(inner, 128)), min(1024, _rounded_up(outer, 128))
+
+    def rows(x, w, sizes, transposed):
+        sides = tiling(x.shape[1], w.shape[1] if transposed else w.shape[2])
+        return kernel.gmm(x, w, sizes, x.dtype, sides, transpose_rhs=transposed, interpret=interpret)
+
+    def outer(x, g, sizes):
+        return kernel.tgmm(x.T, g, sizes, x.dtype, tiling(x.shape[1], g.shape[1]), interpret=interpret)
+
+    return _product(Kernels(rows, outer, tile, 1), x, w.astype(x.dtype), group_sizes)
+
+
+def mosaic_gpu(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """`jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`, for Hopper's tensor cores. Raises ValueError on other
+    platforms, and for other dtypes than bfloat16 and float16."""
+    if platform() != "gpu":
+        raise ValueError(f"grouped_matmul: mosaic_gpu is made for Hopper GPUs, and this is compiled for {platform()}.")
+    if x.dtype.itemsize != 2:
+        raise ValueError(f"grouped_matmul: mosaic_gpu multiplies bfloat16 and float16, got {x.dtype}.")
+    library = "jax.experimental.pallas.ops.gpu"
+    forward = importlib.import_module(f"{library}.ragged_dot_mgpu").ragged_dot
+    transposed_dot = importlib.import_module(f"{library}.transposed_ragged_dot_mgpu").transposed_ragged_dot
+    blocks = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 2}
+
+    def rows(x, w, sizes, transposed):
+        return forward(x, w, group_sizes=sizes, transpose_rhs=transposed, **blocks)
+
+    def outer(x, g, sizes):
+        return transposed_dot(x, g, group_sizes=sizes, **blocks)
+
+    return _product(Kernels(rows, outer, 128, 128), x, w.astype(x.dtype), group_sizes)
+
+
+def _product(kernels: Kernels, x, w, group_sizes):
+    """With rows, widths padded to the kernels' tiles, and the padding cut off again."""
+    rows, width = x.shape[0], w.shape[2]
+    x = _padded(_padded(x, 0, kernels.tile), 1, kernels.width)
+    w = _padded(_padded(w, 1, kernels.width), 2, kernels.width)
+    return _multiply(kernels, x, w, group_sizes)[:rows, :width]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(kernels: Kernels, x, w, group_sizes):
+    return _of_groups(kernels.rows(x, w, group_sizes, False), group_sizes)
+
+
+def _backward(kernels: Kernels, saved, g):
+    x, w, group_sizes = saved
+    g = g.astype(x.dtype)
+    d_x = _of_groups(kernels.rows(g, w, group_sizes, True), group_sizes)
+    # Rows of no group may hold anything, and 0 · NaN is NaN in a tile that they share with a group.
+    d_w = kernels.outer(_of_groups(x, group_sizes), _of_groups(g, group_sizes), group_sizes)
+    return d_x, d_w.astype(w.dtype), None
+
+
+_multiply.defvjp(lambda kernels, *operands: (_multiply(kernels, *operands), operands), _backward)
+
+
+def _of_groups(rows: Float[Array, "R N"], group_sizes: Int[Array, " E"]) -> Float[Array, "R N"]:
+    """0 after the last group."""
+    return jnp.where(jnp.arange(rows.shape[0])[:, None] < jnp.sum(group_sizes), rows, 0)
+
+
+def _padded(x: Float[Array, "..."], axis: int, multiple: int) -> Float[Array, "..."]:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths) if widths[axis][1] else x
+
+
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
