@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -55,6 +56,9 @@ TRAINING = Rules(
         "kv_heads": ("tensor",),
         "head_dim": (),
         "mlp": ("tensor",),
+        "gate_up": (),
+        "router": (),
+        "norm": (),
         "cache": ("context",),  # positions of a key/value cache
         "patch": (),
         "tiles": (),  # of the pictures of a row
@@ -111,6 +115,11 @@ def spec(shape: tuple[int, ...] | None, axes: Axes, table: Table, mesh: Mesh | A
     return PartitionSpec(*parts)
 
 
+def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return () if part is None else (part,) if isinstance(part, str) else part
+
+
 def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
     """The same for an activation, by the rules and on the mesh in use; all parts are None outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -122,6 +131,28 @@ def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
 def parameter_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
     """Where a parameter lives, by the rules and on the mesh in use."""
     return spec(shape, axes, _current.get().parameters, jax.sharding.get_abstract_mesh())
+
+
+def for_use(w: jax.Array, dtype, *axes: str | None) -> jax.Array:
+    """Parameter `w`, with these named axes, as a product uses it: cast to `dtype` where it lives, and then gathered, so
+    that what travels is of that dtype. Its gradient goes back to where it lives."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return w.astype(dtype)
+    return _for_use(w, dtype, parameter_spec(w.shape, *axes), activation_spec(w.shape, *axes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _for_use(w, dtype, home: PartitionSpec, use: PartitionSpec):
+    # The barrier keeps the cast before the gathering: XLA is free to swap them.
+    w = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(w.astype(dtype), home))
+    return jax.lax.with_sharding_constraint(w, use)
+
+
+_for_use.defvjp(
+    lambda w, dtype, home, use: (_for_use(w, dtype, home, use), w[:0]),
+    lambda dtype, home, use, like, g: (jax.lax.with_sharding_constraint(g, home).astype(like.dtype),),
+)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -159,7 +190,7 @@ def parameter_sharding(
     """Where a parameter with these named axes lives on `mesh`. Raises ValueError where the mesh does not divide it."""
     table = rules.parameters
     partition = spec(shape, axes, table, mesh)
-    taken = {axis for part in partition if part is not None for axis in (part if isinstance(part, tuple) else (part,))}
+    taken = {axis for part in partition for axis in axes_of(part)}
     for size, name in zip(shape, axes, strict=True):
         first = table[name][:1] if name is not None else ()
         for axis in first:

@@ -15,7 +15,8 @@ from llama4_jax.model.config import LayerSpec, ModelConfig, Precision
 from llama4_jax.model.layers import Linear, rms_normalize
 from llama4_jax.model.query_scale import ScalableSoftmax, num_visible, scale_query, temperature
 from llama4_jax.model.rope import Rotation, rotate
-from llama4_jax.ops.mesh_attention import Order, self_attention
+from llama4_jax.ops.mesh_attention import self_attention
+from llama4_jax.ops.order import Order
 from sharding import constrain
 
 

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.ops.attention import attention, partial_attention
-from llama4_jax.ops.on_mesh import on_mesh, parts
+from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.partial_attention import combine, normalize
-from sharding import activation_spec, constrain
+from sharding import activation_spec, axes_of, constrain
 
 
 class LayerCache(NamedTuple):
@@ -79,7 +79,7 @@ def cached_attention(
     """Adds the keys and values of the new tokens to the cache, and attends from them to all that they may see in it."""
     slots = activation_spec(cache.k.shape, *_axes(chunk))
     new = PartitionSpec(slots[0], slots[1], None, None)  # query heads are split as their kv heads are
-    axes = parts(slots, 2)
+    axes = axes_of(slots[2])
 
     def local(q, k, v, cache, step):
         first = lax.axis_index(axes) * cache.k.shape[2] if axes else 0

@@ -1,8 +1,17 @@
-"""How many parameters a model has and how many floating-point operations a token costs, from the config alone.
+"""How many parameters a model has, how many floating-point operations a token costs, and how many bytes must be read to
+decode one, from the config alone.
 
 Counts are of multiply-adds in matrix products, two operations each; norms, softmax and routing are left out, as is
 usual for model FLOPs utilisation. Attention counts visible keys only: a chunked layer never pays for more than a
-chunk, so its cost does not grow with the sequence.
+chunk, so its cost does not grow with the sequence. So a row of T tokens after a past of P costs, forward,
+
+    2 T (sum over layers of its matrices that a token uses)  +  2 x logits x embed x vocabulary
+    + 4 x heads x head_dim x (sum over layers, and over the positions P … P + T - 1, of the keys visible there)
+
+with a token's matrices being attention's four, and the dense feed-forward's three or the router, the shared expert and
+the chosen ones; a position p sees p + 1 keys, in a chunked layer p % chunk + 1. Training has all T logits and costs
+three times that, as the backward pass has two products for each of the forward one. A piece of a prompt needs the last
+token's logits only, and decoding is a row of one token.
 """
 
 from typing import NamedTuple
@@ -41,8 +50,13 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Operations of the forward pass for one token, averaged over a document of `seq_len` tokens."""
-    products = config.vocab_size * config.embed_dim
-    scores = 0.0
+    return forward_flops(config, first=0, last=seq_len, logits=seq_len) / seq_len
+
+
+def forward_flops(config: ModelConfig, *, first: int, last: int, logits: int) -> float:
+    """Operations of the forward pass for the tokens of one row at positions first … last - 1, of which `logits` get the
+    logits of the next token."""
+    products = scores = 0.0
     for spec in config.layers:
         products += _attention_parameters(config)
         if spec.moe:
@@ -50,8 +64,31 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
             products += config.embed_dim * config.num_experts + (1 + config.top_k) * expert
         else:
             products += 3 * config.embed_dim * config.mlp_dim
-        scores += 2 * config.num_heads * config.head_dim * mean_visible_keys(spec, seq_len)
-    return 2 * (products + scores)
+        keys = _visible_keys(spec, last) - _visible_keys(spec, first)
+        scores += 2 * config.num_heads * config.head_dim * keys
+    return 2 * ((last - first) * products + logits * config.vocab_size * config.embed_dim + scores)
+
+
+def decode_bytes(config: ModelConfig, *, rows: int, context: int, weight_bytes: float, cache_bytes: float) -> float:
+    """Bytes that decoding one token of each row must read: the weights in use, and the keys and values of `context`
+    tokens a row.
+
+    Of the embedding, the rows' own; of the experts, as many as `rows` tokens choose on average if all are equally
+    likely.
+    """
+    weights = config.vocab_size * config.embed_dim + rows * config.embed_dim
+    slots = 0
+    for spec in config.layers:
+        weights += _attention_parameters(config)
+        if spec.moe:
+            unused = (1 - config.top_k / config.num_experts) ** rows
+            experts = 1 + config.num_experts * (1 - unused)  # and the shared one
+            weights += config.embed_dim * config.num_experts + experts * 3 * config.embed_dim * config.expert_mlp_dim
+        else:
+            weights += 3 * config.embed_dim * config.mlp_dim
+        slots += min(spec.chunk or context, context)
+    cache = rows * slots * 2 * config.num_kv_heads * config.head_dim
+    return weights * weight_bytes + cache * cache_bytes
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -74,9 +111,16 @@ def train_flops_per_tile(config: ModelConfig) -> float:
 
 def mean_visible_keys(spec: LayerSpec, seq_len: int) -> float:
     """Keys that a query sees on average in a document of `seq_len` tokens, itself included."""
+    return _visible_keys(spec, seq_len) / seq_len
+
+
+def _visible_keys(spec: LayerSpec, seq_len: int) -> float:
+    """Keys that the first `seq_len` positions see, together."""
+    if not seq_len:
+        return 0.0
     chunk = min(spec.chunk or seq_len, seq_len)
     whole, rest = divmod(seq_len, chunk)
-    return (whole * chunk * (chunk + 1) + rest * (rest + 1)) / 2 / seq_len
+    return (whole * chunk * (chunk + 1) + rest * (rest + 1)) / 2
 
 
 def _attention_parameters(config: ModelConfig) -> int:

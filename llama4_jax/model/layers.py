@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.dot_general import contract, make_dot_general
+from llama4_jax.ops.embedding import lookup
 from llama4_jax.ops.swiglu import swiglu
+from sharding import for_use
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype) -> nnx.Param:
@@ -39,11 +41,12 @@ class Linear(nnx.Module):
         self.kernel = normal_param(rngs, shape, (*in_dims, *out_dims), std, dtype)
         zeros = jnp.zeros(tuple(out_dims.values()), dtype)
         self.bias = nnx.Param(zeros, axes=tuple(out_dims), eager_sharding=False) if bias else None
+        self.axes = (*in_dims, *out_dims)
         self.num_contract = len(in_dims)
         self.matmul = matmul
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = for_use(self.kernel[...], x.dtype, *self.axes)
         y = contract(x, kernel, num_contract=self.num_contract, dot_general=make_dot_general(self.matmul))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -105,7 +108,7 @@ class Embedding(nnx.Module):
         self.embedding = normal_param(rngs, (vocab_size, dim), ("vocab", "embed"), std, dtype)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        return self.embedding[...][tokens].astype(dtype)
+        return lookup(self.embedding[...], tokens, dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -31,7 +31,7 @@ from llama4_jax.model.layers import Embedding, Linear, RMSNorm
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.rope import frequencies, rotation
 from llama4_jax.model.vision import VisionEncoder, normalized
-from llama4_jax.ops.mesh_attention import Order
+from llama4_jax.ops.order import Order
 from llama4_jax.ops.zigzag import can_zigzag, from_zigzag, to_zigzag
 from sharding import constrain
 

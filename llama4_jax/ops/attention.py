@@ -1,8 +1,9 @@
 """Attention of new queries to new or cached keys: one meaning, several implementations.
 
 `attention_reference.py` says what it means. `flash_attention.py` computes it in blocks, for training and prefill;
-`decode_attention` below in one pass, for few queries against a long cache. A platform's own kernel is one more entry
-in `IMPLEMENTATIONS` and a line in `_choose`; the tests run over all entries.
+`decode_attention` below in one pass, for few queries against a long cache. These serve everything everywhere.
+`splash_attention.py` for TPUs and `cudnn_attention.py` for GPUs do not: each says what it cannot serve, and is chosen
+where it can. All of this is of one device; `mesh_attention.py` has what is split over several.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,13 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.attention_reference import HIDDEN, attention_reference, visible
+from llama4_jax.ops.cudnn_attention import cudnn_attention
+from llama4_jax.ops.cudnn_attention import obstacle as cudnn_obstacle
 from llama4_jax.ops.flash_attention import flash_attention, flash_partial
+from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.partial_attention import PartialAttention, normalize
+from llama4_jax.ops.splash_attention import obstacle as splash_obstacle
+from llama4_jax.ops.splash_attention import splash_attention
 
 DECODE_QUERIES = 8  # at most: their scores are small beside the keys
 
@@ -77,11 +83,21 @@ IMPLEMENTATIONS: dict[str, Callable[..., Float[Array, "B N T H"]]] = {
     "reference": attention_reference,
     "flash": flash_attention,
     "decode": decode_attention,
+    "splash": splash_attention,
+    "cudnn": cudnn_attention,
+}
+# Of those that do not serve everything everywhere: why not, given (q, k, v, segments, chunk, order).
+OBSTACLES: dict[str, Callable[..., str | None]] = {
+    "splash": splash_obstacle,
+    "cudnn": cudnn_obstacle,
 }
 
 
-def _choose(num_queries: int) -> str:
-    return "decode" if num_queries <= DECODE_QUERIES else "flash"
+def _choose(q, k, v, segments, chunk: int | None, order: Order) -> str:
+    if q.shape[2] <= DECODE_QUERIES:
+        return "decode"
+    able = (name for name, obstacle in OBSTACLES.items() if obstacle(q, k, v, segments, chunk, order) is None)
+    return next(able, "flash")
 
 
 def attention(
@@ -95,7 +111,7 @@ def attention(
     k_segments: Int[Array, "B S"] | None = None,
     chunk: int | None = None,
     scale: float,
-    contiguous: bool = False,
+    order: Order = ANY_ORDER,
     implementation: str = "auto",
 ) -> Float[Array, "B N T H"]:
     """Causal attention, grouped: query head n reads kv head n // (N // K). Returns the dtype of `q`.
@@ -105,7 +121,10 @@ def attention(
     negative one marks padding or an empty cache slot, whose keys must be finite. A query that sees no key returns 0,
     with zero gradients. Scores are multiplied by `scale` > 0; softmax and sums are float32.
 
-    `implementation`: a name in `IMPLEMENTATIONS`, or "auto". Raises ValueError for an unknown one, and for arguments
+    - order: a promise, which some implementations need
+    - implementation: a name in `IMPLEMENTATIONS`, or "auto"
+
+    Raises ValueError for an unknown implementation or one that cannot serve these arguments here, and for arguments
     that do not fit together.
     """
     if implementation not in (known := ("auto", *IMPLEMENTATIONS)):
@@ -121,7 +140,9 @@ def attention(
         raise ValueError(f"attention: chunk must be at least 1, or None for no limit, got {chunk}.")
     if scale <= 0:
         raise ValueError(f"attention: scale must be positive, got {scale}.")
-    name = _choose(q.shape[2]) if implementation == "auto" else implementation
+    name = _choose(q, k, v, q_segments, chunk, order) if implementation == "auto" else implementation
+    if name in OBSTACLES and (why := OBSTACLES[name](q, k, v, q_segments, chunk, order)) is not None:
+        raise ValueError(f"attention: {name!r} cannot serve this: {why}. 'auto' chooses one that can.")
     return IMPLEMENTATIONS[name](
         q,
         k,

@@ -4,8 +4,9 @@ With a vocabulary of 202 048 the float32 logits of 8 rows of 8192 tokens take 53
 take 0.6 GB. The loss is one number, so its cotangent only scales the gradients: they are computed together with the
 loss while a piece's logits are at hand, and the backward pass recomputes nothing.
 
-Pieces are interleaved, piece p holding tokens p, p + P, p + 2P, … of each row: a sequence that is sharded over
-devices then has a share of every piece on each of them.
+On a mesh each device works on its own tokens, in `shard_map`. Where the vocabulary is split (tensor), devices exchange
+a few numbers a token: the greatest logit, the sum of the exponentials, the target's logit; never logits. The head is
+gathered once, where its rows are split (fsdp), and its gradient summed once, after the last piece.
 """
 
 import math
@@ -16,23 +17,27 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sharding import constrain, mesh_axes, ways
+from sharding import activation_spec, axes_of, gathered, own_part, parameter_spec
 
 # Default size of a piece, a device: with fewer tokens, adding to the head's gradient costs more than the products do;
 # with more, the logits only take more memory (128 MiB of float32 for 32 768 words).
 PIECE_TOKENS = 1024
 
 
-def _num_pieces(pieces: int | None, targets: Int[Array, "B T"]) -> int:
-    rows, num_tokens = targets.shape
+def _num_pieces(pieces: int | None, rows: int, num_tokens: int) -> int:
+    """Of [rows, num_tokens], those of one device."""
     if pieces is None:
-        return min(num_tokens, math.ceil(rows // _batch_shards(rows) * num_tokens / PIECE_TOKENS))
-    if not 1 <= pieces <= num_tokens:
+        pieces = math.ceil(rows * num_tokens / PIECE_TOKENS)
+    return min(pieces, num_tokens)
+
+
+def _check_pieces(pieces: int | None, num_tokens: int) -> None:
+    if pieces is not None and not 1 <= pieces <= num_tokens:
         raise ValueError(f"cross entropy: pieces must be between 1 and the {num_tokens} tokens of a row, got {pieces}.")
-    return pieces
 
 
 def _split(x: Array, pieces: int) -> Array:
@@ -50,18 +55,54 @@ def _logits(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[A
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _prepare(head: Float[Array, "D V"], compute_dtype: DTypeLike) -> Float[Array, "D V"]:
-    """Cast, and gathered along D where it is sharded so: once, not in every piece."""
-    return constrain(head.astype(compute_dtype), "embed", "vocab")
+def _target_index(targets: Int[Array, "..."], words: int, vocab_axes: tuple[str, ...]) -> Int[Array, "..."]:
+    """Where each target is among this device's words; out of [0, words) if it is another's."""
+    return targets - lax.axis_index(vocab_axes) * words if vocab_axes else targets
 
 
-def _nll(logits: Float[Array, "... V"], targets: Int[Array, "..."]):
-    """Negative log-likelihood, and softmax as (numerator, denominator)."""
-    peak = logits.max(-1, keepdims=True)
+def _nll(logits: Float[Array, "... V"], index: Int[Array, "..."], vocab_axes: tuple[str, ...]):
+    """Negative log-likelihood, and this device's words of softmax as (numerator, denominator)."""
+    peak = lax.stop_gradient(logits.max(-1, keepdims=True))
+    peak = lax.pmax(peak, vocab_axes) if vocab_axes else peak
     numerator = jnp.exp(logits - peak)
     denominator = numerator.sum(-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    here = (index >= 0) & (index < logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, jnp.where(here, index, 0)[..., None], axis=-1)
+    chosen = jnp.where(here[..., None], chosen, 0)
+    if vocab_axes:
+        denominator, chosen = lax.psum((denominator, chosen), vocab_axes)
     return (jnp.log(denominator) + peak - chosen)[..., 0], numerator, denominator
+
+
+class _Places(NamedTuple):
+    """Where things are on the mesh in use; without one, nothing is split."""
+
+    tokens: PartitionSpec  # [B, T]
+    head: PartitionSpec
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        return (*axes_of(self.tokens[0]), *axes_of(self.tokens[1]))
+
+    @property
+    def embed_axes(self) -> tuple[str, ...]:
+        return axes_of(self.head[0])
+
+    @property
+    def vocab_axes(self) -> tuple[str, ...]:
+        return axes_of(self.head[1])
+
+    def map(self, on_device, in_specs, out_specs):
+        """In `shard_map`, where there is a mesh."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return on_device
+        return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _places(targets: Int[Array, "B T"], head: Float[Array, "D V"]) -> _Places:
+    if jax.sharding.get_abstract_mesh().empty:
+        return _Places(PartitionSpec(None, None), PartitionSpec(None, None))
+    return _Places(activation_spec(targets.shape, "rows", "seq"), parameter_spec(head.shape, "embed", "vocab"))
 
 
 class TokenScores(NamedTuple):
@@ -81,29 +122,45 @@ def token_scores(
 
     The gradient of `nll` computes the logits of each piece a second time.
     """
-    pieces = _num_pieces(pieces, targets)
+    _check_pieces(pieces, targets.shape[1])
     compute_dtype = hidden.dtype if compute_dtype is None else compute_dtype
-    head = _prepare(head, compute_dtype)
+    places = _places(targets, head)
 
-    @jax.checkpoint
-    def piece(_, x):
-        hidden, targets = x
-        logits = _logits(hidden.astype(compute_dtype), head)
-        return None, TokenScores(_nll(logits, targets)[0], jnp.argmax(logits, axis=-1) == targets)
+    def on_device(hidden, head, targets):
+        head = gathered(head, compute_dtype, places.embed_axes, 0)
 
-    _, scores = lax.scan(piece, None, (_split(hidden, pieces), _split(targets, pieces)))
-    return TokenScores(*(_join(x, targets.shape[1]) for x in scores))
+        @jax.checkpoint
+        def piece(_, x):
+            hidden, targets = x
+            logits = _logits(hidden.astype(compute_dtype), head)
+            index = _target_index(targets, head.shape[1], places.vocab_axes)
+            nll, *_ = _nll(logits, index, places.vocab_axes)
+            return None, TokenScores(nll, _is_likeliest(logits, index, places.vocab_axes))
+
+        parts = _num_pieces(pieces, *targets.shape)
+        _, scores = lax.scan(piece, None, (_split(hidden, parts), _split(targets, parts)))
+        return TokenScores(*(_join(x, targets.shape[1]) for x in scores))
+
+    in_specs = (PartitionSpec(*places.tokens, None), places.head, places.tokens)
+    return places.map(on_device, in_specs, TokenScores(places.tokens, places.tokens))(hidden, head, targets)
+
+
+def _is_likeliest(
+    logits: Float[Array, "... V"], index: Int[Array, "..."], vocab_axes: tuple[str, ...]
+) -> Bool[Array, "..."]:
+    """Whether the target has the greatest logit, and of those that share it the smallest id."""
+    logits = lax.stop_gradient(logits)
+    greatest, at = logits.max(-1), jnp.argmax(logits, axis=-1)
+    if not vocab_axes:
+        return at == index
+    # How far from the target the first greatest logit is, by those devices that have one.
+    first = jnp.where(greatest == lax.pmax(greatest, vocab_axes), at - index, jnp.iinfo(jnp.int32).max)
+    return lax.pmin(first, vocab_axes) == 0
 
 
 def token_nll(hidden, head, targets, *, pieces=None, compute_dtype=None) -> Float[Array, "B T"]:
     """Negative log-likelihood of each target in nats, float32: `token_scores(…).nll`."""
     return token_scores(hidden, head, targets, pieces=pieces, compute_dtype=compute_dtype).nll
-
-
-def _batch_shards(batch: int) -> int:
-    """Over how many devices the rows are spread by the mesh in use; 1 where they cannot be spread evenly."""
-    shards = ways(mesh_axes("batch"))
-    return shards if batch % shards == 0 else 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -113,29 +170,40 @@ def _weighted_sum(hidden, head, targets, weights, pieces, compute_dtype):
 
 
 def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype):
-    cast_head = _prepare(head, compute_dtype)
-    shards = _batch_shards(hidden.shape[0])
+    places = _places(targets, head)
+    vocab_axes = places.vocab_axes
 
-    def piece(d_head, x):
-        hidden, targets, weights = x
-        h = hidden.astype(compute_dtype)
-        nll, numerator, denominator = _nll(_logits(h, cast_head), targets)
-        chosen = targets[..., None] == jnp.arange(head.shape[1])
-        d_logits = numerator * (weights[..., None] / denominator) - jnp.where(chosen, weights[..., None], 0)
-        d_logits = d_logits.astype(compute_dtype)
-        d_hidden = jnp.einsum("btv,dv->btd", d_logits, cast_head, preferred_element_type=jnp.float32)
-        # One sum per shard of the batch: devices add theirs up once, after the last piece, not in every one.
-        h, d_logits = (x.reshape(shards, -1, x.shape[-1]) for x in (h, d_logits))
-        # Transposed in memory, which the barrier insists on: XLA's product over leading axes on a CPU is half as fast.
-        h = lax.optimization_barrier(h.swapaxes(1, 2))
-        d_head += jnp.einsum("rdn,rnv->rdv", h, d_logits, preferred_element_type=jnp.float32)
-        return constrain(d_head, "batch", "embed", "vocab"), (nll, d_hidden.astype(hidden.dtype))
+    def on_device(hidden, head, targets, weights):
+        cast_head = gathered(head, compute_dtype, places.embed_axes, 0)
 
-    d_head = constrain(jnp.zeros((shards, *head.shape), jnp.float32), "batch", "embed", "vocab")
-    d_head, (nll, d_hidden) = lax.scan(piece, d_head, tuple(_split(x, pieces) for x in (hidden, targets, weights)))
-    nll, d_hidden = (_join(x, targets.shape[1]) for x in (nll, d_hidden))
+        def piece(d_head, x):
+            hidden, targets, weights = x
+            h = hidden.astype(compute_dtype)
+            index = _target_index(targets, cast_head.shape[1], vocab_axes)
+            nll, numerator, denominator = _nll(_logits(h, cast_head), index, vocab_axes)
+            chosen = index[..., None] == jnp.arange(cast_head.shape[1])
+            d_logits = numerator * (weights[..., None] / denominator) - jnp.where(chosen, weights[..., None], 0)
+            d_logits = d_logits.astype(compute_dtype)
+            d_hidden = jnp.einsum("btv,dv->btd", d_logits, cast_head, preferred_element_type=jnp.float32)
+            d_hidden = lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
+            h, d_logits = (x.reshape(-1, x.shape[-1]) for x in (h, d_logits))
+            # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
+            h = lax.optimization_barrier(h.T)
+            d_head += jnp.einsum("dn,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
+            return d_head, (nll, d_hidden.astype(hidden.dtype))
+
+        parts = _num_pieces(pieces, *targets.shape)
+        zeros = jnp.zeros(cast_head.shape, jnp.float32)
+        d_head, (nll, d_hidden) = lax.scan(piece, zeros, tuple(_split(x, parts) for x in (hidden, targets, weights)))
+        nll, d_hidden = (_join(x, targets.shape[1]) for x in (nll, d_hidden))
+        return nll, d_hidden, own_part(d_head, places.embed_axes, places.token_axes, 0)
+
+    hidden_spec = PartitionSpec(*places.tokens, None)
+    in_specs = (hidden_spec, places.head, places.tokens, places.tokens)
+    mapped = places.map(on_device, in_specs, (places.tokens, hidden_spec, places.head))
+    nll, d_hidden, d_head = mapped(hidden, head, targets, weights)
     # The empty slice carries the head's dtype to the backward pass.
-    return (nll * weights).sum(), (d_hidden, d_head.sum(0), nll, head[:0])
+    return (nll * weights).sum(), (d_hidden, d_head, nll, head[:0])
 
 
 def _weighted_sum_backward(pieces, compute_dtype, residuals, d_total):
@@ -166,11 +234,11 @@ def linear_cross_entropy(
     `hidden`, `head` and `weights`; gradients have the dtypes of their arguments. A token of weight 0 adds nothing,
     whatever its target, as long as that is in [0, V).
 
-    `pieces`: how many parts T is cut into; None: parts of about 1024 tokens a device. `compute_dtype`: that of the
-    factors of the products, which are summed in float32; None: that of `hidden`. Raises ValueError for an impossible
-    number of pieces.
+    `pieces`: how many parts a device's tokens of a row are cut into; None: parts of about 1024 tokens, of all its rows.
+    `compute_dtype`: that of the factors of the products, which are summed in float32; None: that of `hidden`. Raises
+    ValueError for an impossible number of pieces.
     """
-    pieces = _num_pieces(pieces, targets)
+    _check_pieces(pieces, targets.shape[1])
     compute_dtype = hidden.dtype if compute_dtype is None else compute_dtype
     weights = weights.astype(jnp.float32)
     return _weighted_sum(hidden, head, targets, weights, pieces, jnp.dtype(compute_dtype)), weights.sum()

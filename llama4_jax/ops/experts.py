@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.ops.exchange import exchange
 from llama4_jax.ops.grouped_matmul import grouped_matmul
 from llama4_jax.ops.swiglu import swiglu
-from sharding import activation_spec, parameter_spec, ways
+from sharding import activation_spec, axes_of, gathered, parameter_spec, ways
 
 
 class ExpertWeights(NamedTuple):
@@ -64,14 +64,14 @@ def experts(
     parts = ExpertWeights(
         parameter_spec(weights.gate_up.shape, *GATE_UP_AXES), parameter_spec(weights.down.shape, *DOWN_AXES)
     )
-    expert_axes, width_axes = _axes(parts.down[0]), _axes(parts.down[1])
-    token_axes = (*_axes(tokens[0]), *_axes(tokens[1]))
+    expert_axes, width_axes = axes_of(parts.down[0]), axes_of(parts.down[1])
+    token_axes = (*axes_of(tokens[0]), *axes_of(tokens[1]))
     travel = set(expert_axes) <= set(token_axes)
 
     def on_device(x, expert, gate, weights):
         own = ExpertWeights(
-            _gathered(weights.gate_up, x.dtype, _axes(parts.gate_up[1]), 1),
-            _gathered(weights.down, x.dtype, _axes(parts.down[2]), 2),
+            gathered(weights.gate_up, x.dtype, axes_of(parts.gate_up[1]), 1),
+            gathered(weights.down, x.dtype, axes_of(parts.down[2]), 2),
         )
         rows, expert, gate = (rearrange(y, "B T n -> (B T) n") for y in (x, expert, gate))
         if expert_axes and travel:
@@ -92,11 +92,6 @@ def experts(
     return mapped(x, expert, gate, weights)
 
 
-def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return () if part is None else (part,) if isinstance(part, str) else part
-
-
 def _local(rows, expert, gate, weights: ExpertWeights, implementation: str) -> Float[Array, "tokens D"]:
     """Of the experts that are here; choices of others give 0."""
     routing = sort_by_expert(expert, gate, len(weights.down))
@@ -113,25 +108,6 @@ def _multiply(
     )
     hidden = swiglu(rearrange(gate_up, "R (two F) -> R two F", two=2))
     return grouped_matmul(hidden, weights.down, group_sizes, implementation=implementation)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(w: Float[Array, "..."], dtype, axes: tuple[str, ...], dimension: int) -> Float[Array, "..."]:
-    """All parts of w along the dimension that these mesh axes split, in `dtype`; so it travels, too. Its gradient is
-    summed in float32."""
-    w = w.astype(dtype)
-    return lax.all_gather(w, axes, axis=dimension, tiled=True) if axes else w
-
-
-def _gathered_backward(dtype, axes, dimension, like, g):
-    g = g.astype(jnp.float32)
-    if axes:
-        g = lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
-    return (g.astype(like.dtype),)
-
-
-# The empty slice carries w's dtype to the backward pass.
-_gathered.defvjp(lambda w, dtype, axes, dimension: (_gathered(w, dtype, axes, dimension), w[:0]), _gathered_backward)
 
 
 class Routing(NamedTuple):

@@ -8,8 +8,6 @@ Rows and heads are apart, so each device computes its own. A sequence that is sp
   that much, the halo, is fetched from the device that holds it; or, where runs are shorter than that, the ring again
 """
 
-from dataclasses import dataclass
-
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
@@ -17,26 +15,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.attention import attention
-from llama4_jax.ops.on_mesh import on_mesh, parts
+from llama4_jax.ops.on_mesh import on_mesh
+from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.ring_attention import ring_attention
-from sharding import activation_spec, ways
+from sharding import activation_spec, axes_of, ways
 
 HALO_MULTIPLE = 128  # tokens; kernels of TPUs take no other lengths
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is known of the order of the tokens of each row before the program runs.
-
-    - contiguous: one document after another, the positions of each counting up by one. Padding, of a negative position,
-      may stand anywhere.
-    - aligned: and the row is one document, from position 0 on, without padding.
-    - zigzag: of the row as it was, before `to_zigzag` reordered it.
-    """
-
-    contiguous: bool = False
-    aligned: bool = False
-    zigzag: bool = False
 
 
 def self_attention(
@@ -48,7 +32,7 @@ def self_attention(
     segments: Int[Array, "B T"] | None = None,
     chunk: int | None = None,
     scale: float,
-    order: Order = Order(),
+    order: Order = ANY_ORDER,
     implementation: str = "auto",
 ) -> Float[Array, "B N T H"]:
     """`attention` with q, k and v of the same tokens, which live on the mesh in use where the rules say: rows by
@@ -57,7 +41,7 @@ def self_attention(
     `implementation` is of what a device computes alone; the ring has one. Raises ValueError as `attention` does.
     """
     spec = activation_spec(k.shape, "batch", "kv_heads", "seq", None)  # query heads are split as their kv heads are
-    axes = parts(spec, 2)
+    axes = axes_of(spec[2])
 
     def local(q, k, v, positions, segments):
         how = {"chunk": chunk, "scale": scale}
@@ -65,7 +49,7 @@ def self_attention(
             at = {"positions": positions, "segments": segments}
             return _of_split_rows(q, k, v, **at, **how, order=order, axes=axes, implementation=implementation)
         at = {"q_positions": positions, "k_positions": positions, "q_segments": segments, "k_segments": segments}
-        return attention(q, k, v, **at, **how, contiguous=order.contiguous, implementation=implementation)
+        return attention(q, k, v, **at, **how, order=order, implementation=implementation)
 
     rows = PartitionSpec(spec[0], spec[2])
     return on_mesh(local, (spec, spec, spec, rows, rows), spec)(q, k, v, positions, segments)
@@ -102,7 +86,7 @@ def _of_split_rows(q, k, v, *, positions, segments, chunk, scale, order: Order, 
         k_segments=None if segments is None else seen(segments, 1),
         chunk=chunk,
         scale=scale,
-        contiguous=True,
+        order=Order(contiguous=True, aligned=whole_chunks),
         implementation=implementation,
     )
     return rearrange(out, "(s b) n t h -> b n (s t) h", s=stripes)

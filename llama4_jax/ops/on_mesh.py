@@ -5,11 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-
-def parts(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
-    """Mesh axes over which `spec` splits an axis of an array."""
-    part = spec[axis]
-    return () if part is None else part if isinstance(part, tuple) else (part,)
+from sharding import axes_of
 
 
 def on_mesh(f: Callable, in_specs, out_specs) -> Callable:
@@ -25,7 +21,7 @@ def on_mesh(f: Callable, in_specs, out_specs) -> Callable:
 
     def naming_all(spec: PartitionSpec) -> PartitionSpec:
         # An axis of one device splits any array. Were it left out, the backward pass would have a sum over it.
-        return PartitionSpec(parts(spec, 0) + single, *spec[1:])
+        return PartitionSpec(axes_of(spec[0]) + single, *spec[1:])
 
     def is_spec(x) -> bool:
         return isinstance(x, PartitionSpec)

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
-from jax._src import distributed  # its client is the one way to the table; Orbax takes it from here too
+from jax._src import clusters, distributed  # to ask, before joining; and the one way to the table
 
 import llama4_jax
 import sharding
@@ -72,17 +72,12 @@ def connect() -> None:
     five minutes, JAX ends this process.
     """
     given = _named_by_variables()
-    if given is None and not _perhaps_in_a_cluster():
+    if given is None and not _in_a_cluster():
         return
     # Ctrl-C and SIGTERM are agreed upon in `train.stop`: this would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     _say_a_last_word()
-    try:
-        jax.distributed.initialize(**(given or {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:
-        if given is None and "coordinator_address" in str(error):  # JAX knows of no cluster here
-            return
-        raise
+    jax.distributed.initialize(**(given or {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if count() > 1:
         _names[:] = [f"process {i} ({name})" for i, name in enumerate(_exchange(socket.gethostname()))]
         ended = threading.Event()
@@ -111,14 +106,17 @@ def _named_by_variables() -> dict | None:
     }
 
 
-def _perhaps_in_a_cluster() -> bool:
-    """Whether JAX should look for other processes. It would start its service for a job of a single process too, or
-    give it one of its GPUs, and would ask Kubernetes about a pod that belongs to no job."""
+def _in_a_cluster() -> bool:
+    """Whether JAX knows where the other processes are. A job of a single process is none: JAX would give it one of its
+    GPUs only; nor is a pod that belongs to no job, about which it would ask Kubernetes in vain."""
     environ = os.environ
     if "1" in (environ.get("SLURM_NTASKS"), environ.get("OMPI_COMM_WORLD_SIZE")):
         return False
     pod_alone = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" not in environ
-    return not pod_alone or "TPU_WORKER_HOSTNAMES" in environ
+    if pod_alone and "TPU_WORKER_HOSTNAMES" not in environ:
+        return False
+    kinds = clusters.ClusterEnv._cluster_types
+    return any(kind.is_env_present() for kind in kinds if not kind.opt_in_only_method)
 
 
 @contextlib.contextmanager

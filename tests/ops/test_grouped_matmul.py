@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama4_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from llama4_jax.ops.grouped_matmul import grouped_matmul
 
 WIDTH_IN, WIDTH_OUT = 24, 40
 

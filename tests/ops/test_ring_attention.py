@@ -14,7 +14,8 @@ from llama4_jax.ops import flash_attention as flash_module
 from llama4_jax.ops.attention import attention
 from llama4_jax.ops.attention_reference import first_visible, visible
 from llama4_jax.ops.flash_attention import Keys, Queries, plan_blocks
-from llama4_jax.ops.mesh_attention import Order, self_attention
+from llama4_jax.ops.mesh_attention import self_attention
+from llama4_jax.ops.order import Order
 from llama4_jax.ops.ring_attention import ring_attention
 from llama4_jax.ops.zigzag import can_zigzag, from_zigzag, to_zigzag
 from sharding import MeshConfig, activation_sharding, make_mesh
