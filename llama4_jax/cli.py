@@ -1,12 +1,13 @@
-"""Weights on disk: look at them, convert them, and hold them against the reference.
+"""Weights on disk: look at them, convert them, and hold them against the reference. And plan a run.
 
     llama4 inspect  path                                        # format, config and where it comes from, every tensor
     llama4 convert  path/to/hf_or_meta_dir  runs/scout          # → Orbax; --dtype bfloat16, --verify
     llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
     llama4 parity   path/to/hf_dir                              # against transformers, layer by layer
+    llama4 plan     scout_pretrain  --topology v5p:4x4x8        # what a step costs on a pod that is not here; --search
 
-Results go to stdout, progress to stderr. Exit codes: 0, 1 (parity: they differ), 2 (the arguments or files do not
-serve; one line says why).
+Results go to stdout, progress to stderr. Exit codes: 0, 1 (parity: they differ; plan: it does not
+fit), 2 (the arguments or files do not serve; one line says why).
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from typing import Literal
 
 import tyro
 
+from llama4_jax.plan_options import PlanOptions
 from llama4_jax.weights.parity import ParityOptions
 
 Dtype = Literal["float32", "bfloat16"]
@@ -52,10 +54,14 @@ class Export:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    commands = {"inspect": Inspect, "convert": Convert, "export": Export, "parity": ParityOptions}
-    command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="llama4", description=__doc__)
+    commands = {"inspect": Inspect, "convert": Convert, "export": Export, "parity": ParityOptions, "plan": PlanOptions}
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _run(command)
+        if arguments[:1] == ["plan"] and "--help" not in arguments and "-h" not in arguments:
+            from llama4_jax.plan import main as plan  # its further flags are those of a config
+
+            return plan(arguments[1:])
+        return _run(tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="llama4", description=__doc__))
     except (ValueError, OSError) as error:
         print(f"llama4: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2

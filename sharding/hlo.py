@@ -126,7 +126,7 @@ class Costs:
 
     @property
     def total_flops(self) -> float:
-        return sum(self.flops.values())
+        return float(sum(self.flops.values()))
 
     def add(self, other: "Costs", times: float) -> None:
         for dtype, flops in other.flops.items():
@@ -284,14 +284,14 @@ class _Walk:
             return self.conditional(total, i)
         if i.opcode in ("call", "async-start"):
             for name in i.called("to_apply", "calls"):
-                total.add(self.computation(self.module.computations[name], {}), 1)
+                total.add(self.computation(self.module.computations[name], {}), 1.0)
             return None
         if i.opcode == "custom-call" and (target := _target(i)) in _FREE_TARGETS:
             return None
         total.traffic += self.traffic(computation, i)
         if i.opcode == "fusion":
             for name in i.called("calls"):
-                total.add(self.fused(name), 1)
+                total.add(self.fused(name), 1.0)
         elif i.opcode == "dot":
             operands = computation.operands(i)
             total.flops[operands[0].arrays[0].dtype] += dot_flops(i, operands[0].arrays[0])
@@ -326,7 +326,7 @@ class _Walk:
         if trips is None:
             total.assumptions[f"a loop of unknown length counts once: {i.op_name or i.name}"] += 1
             trips = 1
-        total.add(self.computation(body, constant), trips)
+        total.add(self.computation(body, constant), float(trips))
 
     def elements(self, computation: Computation, i: Instruction) -> list[Instruction]:
         """What the elements of a loop's first tuple are, or nothing if they are not made on the spot."""
@@ -410,7 +410,7 @@ class _Walk:
             b.total_flops != dearest.total_flops or len(b.collectives) != len(dearest.collectives) for b in branches
         ):
             total.assumptions[f"the dearest branch of a conditional is taken: {i.op_name or i.name}"] += 1
-        total.add(dearest, 1)
+        total.add(dearest, 1.0)
 
     def kernel(self, total: Costs, computation: Computation, i: Instruction, target: str) -> None:
         if target not in ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "__gpu$xla.gpu.triton"):
@@ -434,8 +434,8 @@ class _Walk:
             operands = operands[:1]
         if kind == "collective-permute":
             operands = operands[:1] if i.opcode.endswith("-start") else operands
-        size = sum(array.bytes for operand in operands for array in operand.arrays)
-        return Collective(kind, size * (groups.shape[1] if kind == "all-gather" else 1), groups, 1, i.op_name)
+        size = float(sum(array.bytes for operand in operands for array in operand.arrays))
+        return Collective(kind, size * (groups.shape[1] if kind == "all-gather" else 1), groups, 1.0, i.op_name)
 
     # -- main memory --
 
@@ -448,7 +448,7 @@ class _Walk:
         if i.opcode == "dynamic-update-slice":
             return 2 * operands[1].arrays[0].traffic
         if i.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * sum(array.traffic for array in i.arrays)
+            return 2.0 * sum(array.traffic for array in i.arrays)
         if i.opcode == "scatter":
             return 2 * operands[-1].arrays[0].traffic
         if i.opcode in ("broadcast", "iota"):
@@ -456,18 +456,18 @@ class _Walk:
         read = sum(array.traffic for o in operands for array in o.arrays)
         if i.opcode.endswith("-start"):  # the result names the operands, too, and then the result itself
             results = i.arrays[:1] if i.opcode == "copy-start" else i.arrays[len(operands) : 2 * len(operands)]
-            return read + sum(array.traffic for array in results or i.arrays)
-        return read + sum(array.traffic for array in i.arrays)
+            return float(read + sum(array.traffic for array in results or i.arrays))
+        return float(read + sum(array.traffic for array in i.arrays))
 
     def read_of(self, computation: Computation, number: int) -> float:
         """Bytes that a fused computation reads of one of its parameters."""
         parameter = computation.parameters.get(number)
         if parameter is None:
             return 0.0
-        return min(self.read(computation, parameter), sum(array.traffic for array in parameter.arrays))
+        return min(self.read(computation, parameter), float(sum(array.traffic for array in parameter.arrays)))
 
     def read(self, computation: Computation, i: Instruction) -> float:
-        total, whole = 0.0, sum(array.bytes for array in i.arrays)
+        total, whole = 0.0, float(sum(array.bytes for array in i.arrays))
         for user in computation.instructions.values():
             for place in [n for n, name in enumerate(user.operands) if name == i.name]:
                 if user.opcode in ("bitcast", "reshape", "tuple", "get-tuple-element"):
@@ -487,21 +487,21 @@ class _Walk:
         if root.opcode == "tuple":
             parts = computation.operands(root)
             if sum(len(part.arrays) for part in parts) != len(results):
-                return sum(array.traffic for array in results)
+                return float(sum(array.traffic for array in results))
             total, at = 0.0, 0
             for part in parts:
                 total += self.written(computation, part, results[at : at + len(part.arrays)])
                 at += len(part.arrays)
             return total
         if any(array.space for array in results):
-            return sum(array.traffic for array in results)
+            return float(sum(array.traffic for array in results))
         made = _behind(computation, root, ("bitcast", "reshape", "copy", "convert"))
         if made.opcode == "dynamic-update-slice":
             return computation.operands(made)[1].arrays[0].bytes
         if made.opcode == "fusion":
             inner = self.module.computations[made.called("calls")[0]]
             return self.written(inner, inner.root, results)
-        return sum(array.traffic for array in results)
+        return float(sum(array.traffic for array in results))
 
 
 def _in_memory(i: Instruction) -> bool:

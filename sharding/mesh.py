@@ -74,7 +74,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     auto = (AxisType.Auto,) * len(axes)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
-        return jax.make_mesh(config.shape, axes, axis_types=auto, devices=devices)
+        try:
+            return jax.make_mesh(config.shape, axes, axis_types=auto, devices=devices)
+        except NotImplementedError:  # an axis would take a part of one of the torus's: allowed, if it must be
+            parts = mesh_utils.create_device_mesh(config.shape, devices, allow_split_physical_axes=True)
+            return Mesh(parts, axes, axis_types=auto)
     if devices[0].platform == "tpu":
         return Mesh(_over_slices(config, devices, len(slices)), axes, axis_types=auto)
     # GPUs of a host are all one step from each other: in the order of hosts, the last axes are the nearest.

@@ -294,7 +294,7 @@ class Network:
         return size * share / self.bandwidth(groups[0])
 
     def box(self, group: np.ndarray) -> list[tuple[int, int, bool]]:
-        """Of each dimension of the torus that a group lies along: how many, how far apart, whether they close a ring."""
+        """Of each dimension of the torus that a group lies along: how many, how far apart, whether it closes a ring."""
         found = []
         for dimension, extent in enumerate(self.sizes):
             places = np.unique(self.coords[group, dimension])

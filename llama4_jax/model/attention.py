@@ -16,7 +16,7 @@ from llama4_jax.model.layers import Linear, rms_normalize
 from llama4_jax.model.query_scale import ScalableSoftmax, num_visible, scale_query, temperature
 from llama4_jax.model.rope import Rotation, rotate
 from llama4_jax.ops.mesh_attention import self_attention
-from llama4_jax.ops.order import Order
+from llama4_jax.ops.order import ANY_ORDER, Order
 from sharding import constrain
 
 
@@ -28,7 +28,7 @@ class Place:
     positions: Int[Array, "B T"]  # from the start of the token's own document
     segment_ids: Int[Array, "B T"] | None  # document of each token, 0: padding; None: one document a row
     rotation: Rotation  # of RoPE
-    order: Order = field(default=Order(), metadata={"static": True})
+    order: Order = field(default=ANY_ORDER, metadata={"static": True})
 
 
 class Attention(nnx.Module):

@@ -31,7 +31,7 @@ from llama4_jax.model.layers import Embedding, Linear, RMSNorm
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.rope import frequencies, rotation
 from llama4_jax.model.vision import VisionEncoder, normalized
-from llama4_jax.ops.order import Order
+from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.zigzag import can_zigzag, from_zigzag, to_zigzag
 from sharding import constrain
 
@@ -166,7 +166,7 @@ class Llama4(nnx.Module):
         if counts is None:
             counts = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        place = self._place(positions, None, Order())
+        place = self._place(positions, None)
         x, cache = self.decoder.step(self._embed(tokens, features), place, cache, counts)
         return self.final_norm(x), cache
 
@@ -199,7 +199,9 @@ class Llama4(nnx.Module):
             )
         return index
 
-    def _place(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, order: Order) -> Place:
+    def _place(
+        self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, order: Order = ANY_ORDER
+    ) -> Place:
         config = self.config
         frequency = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         return Place(positions, segment_ids, rotation(positions, frequency), order)

@@ -13,7 +13,7 @@ from flax import nnx
 from llama4_jax.model.cache import LayerCache, cached_attention, make_step
 from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.model.llama4 import Llama4
-from sharding import SERVING, MeshConfig, make_mesh, use_rules
+from sharding import SERVING, TRAINING, MeshConfig, Rules, make_mesh, use_rules
 
 # A chunked layer and a global one. Rows of 32 tokens reach past chunks of 8 and several temperature buckets.
 SCOUT = ModelConfig(
@@ -115,9 +115,8 @@ def test_pictures_stand_at_their_tokens_in_any_order_of_devices():
 def test_a_model_of_chunked_layers_moves_tokens_into_zigzag_order_and_back_and_nothing_else():
     config = dataclasses.replace(SCOUT, nope_interval=0, moe_interval=0)
     graphdef, state = model_of(config)
-    mesh = mesh_of("context 2")
-    state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))  # parameters are not what this is about
-    with jax.set_mesh(mesh):
+    whole = Rules({name: () for name in TRAINING.parameters}, TRAINING.activations)  # this is not about parameters
+    with jax.set_mesh(mesh_of("context 2")), use_rules(whole):
         run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).hidden(tokens)[0])
         text = run.lower(state, tokens_of(2, 64)).compile().as_text()
     found = COLLECTIVE.findall(text)

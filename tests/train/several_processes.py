@@ -1,6 +1,7 @@
-"""Runs of `train.py` in several processes of this machine, as if each were a host of its own with two devices.
+"""Runs of `train.py` in several processes of this machine, as if each were a host of its own.
 
-The model is the smallest that has all that a mesh can split: experts, heads that share keys, chunks of a sequence.
+The model is the smallest that has all that a mesh can split: experts, heads that share keys, a whole sequence.
+Started as a script, this file copies a checkpoint in as many processes as it is told.
 """
 
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from micro_run import ROOT, WORDS, environment
+from micro_run import ROOT, WORDS, end, environment
 
 STEPS, EVERY = 12, 4
 
@@ -29,11 +30,11 @@ def config():
         name="micro",
         run_dir=str(here),
         model=ModelConfig(
-            vocab_size=320, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32,
-            expert_mlp_dim=16, num_experts=2, nope_interval=2, moe_interval=2, attention_chunk=16,
-            temperature_floor=16, context_length=64,
+            vocab_size=320, embed_dim=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32,
+            expert_mlp_dim=16, num_experts=2, nope_interval=1, moe_interval=1, temperature_floor=16,
+            context_length=64,
         ),
-        data=DataConfig(sources=(f"text:{{here / 'text.txt'}}",), seq_len=32, batch_size=8, heldout_fraction=0.3),
+        data=DataConfig(sources=(f"text:{{here.parent / 'text.txt'}}",), seq_len=32, batch_size=8, heldout_fraction=0.3),
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=4),
         scan_layers=False,
         steps={STEPS},
@@ -48,37 +49,81 @@ def config():
 
 
 def new_place(folder: Path) -> Path:
-    """A new directory with a config.py whose run is `micro` within it, and its data."""
-    folder.mkdir(parents=True)
+    """A new directory with a config.py whose run is `micro` within it; the data are beside it."""
+    folder.mkdir()
     draw = random.Random(0)
     lines = (" ".join(draw.choices(WORDS.split(), k=12)) for _ in range(4000))
-    (folder / "text.txt").write_text("\n".join(lines))
+    (folder.parent / "text.txt").write_text("\n".join(lines))
     (folder / "config.py").write_text(CONFIG)
     return folder
 
 
-def free_port() -> int:
+def start_all(
+    place: Path, options: list[list[str]], command: list[str] | None = None, *, where: list[Path] | None = None
+) -> list[subprocess.Popen]:
+    """One process of one run for each list of options: `train.py` with the config of the place, or another command.
+
+    - where: the working directory of each
+    """
     with socket.socket() as found:
         found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
-def start_all(
-    places: list[Path], *options: str, script: tuple[str, ...] = (str(ROOT / "train.py"),)
-) -> list[subprocess.Popen]:
-    """One process for each place, of one run."""
-    port = free_port()
+        port = found.getsockname()[1]
+    command = command or [str(ROOT / "train.py"), str(place / "config.py")]
     processes = []
-    for number, place in enumerate(places):
-        hosts = {
+    for number, (own, directory) in enumerate(zip(options, where or [ROOT] * len(options), strict=True)):
+        variables = environment(place) | {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(len(places)),
+            "JAX_NUM_PROCESSES": str(len(options)),
             "JAX_PROCESS_ID": str(number),
         }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *script, str(place / "config.py"), *options],
-                cwd=ROOT, env={**environment(place), **hosts}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, *command, *own], cwd=directory, env=variables, **pipes))
     return processes
+
+
+def run_all(*args, **kwargs) -> list[subprocess.CompletedProcess]:
+    """Ends all that `start_all` starts. None of the others is left behind if one does not end."""
+    return end_all(start_all(*args, **kwargs))
+
+
+def end_all(processes: list[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
+    try:
+        return [end(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def copy_checkpoint(source: str, target: str, devices: str) -> None:
+    """In each process: read the newest checkpoint of a run, split over all devices, and write it as another run's."""
+    import jax
+
+    from llama4_jax.train import hosts
+
+    hosts.connect()
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from llama4_jax.weights.checkpoint import Checkpoints
+
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    read, write = Checkpoints(source, read_only=True), Checkpoints(target)
+    (step, saved) = read.steps()[-1], read._manager.item_metadata(read.steps()[-1])
+
+    def places(item: str) -> dict[str, jax.ShapeDtypeStruct]:
+        found = {}
+        for name, x in saved[item].items():
+            axis = next((i for i, size in enumerate(x.shape) if size % mesh.size == 0), None)
+            split = PartitionSpec(*[None] * axis, "all") if axis is not None else PartitionSpec()
+            found[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
+        return found
+
+    got = read.newest(abstract=lambda: (places("model"), places("training")))
+    write.save(step, got.model, got.training, got.progress)
+    write.wait()
+    write.close()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.fspath(ROOT))
+    copy_checkpoint(*sys.argv[1:])

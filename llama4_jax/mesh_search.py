@@ -1,0 +1,232 @@
+"""Which meshes a step fits, and about what it costs on each: closed formulas, for when compiling every mesh would take
+hours or there is no compiler.
+
+What is left out is small or unknown beforehand: norms, biases, copies, padding, and what the compiler adds. So the
+estimates rank meshes; a plan of the compiled step says what one costs.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llama4_jax.config import RunConfig
+from llama4_jax.model.config import LayerSpec, ModelConfig
+from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
+from sharding import MeshConfig
+from sharding.chips import Topology
+from sharding.plan import Plan, Sent
+
+StepKind = Literal["train", "prefill", "decode"]
+PIECE = 512  # tokens of a prompt that are read at once, as `infer.generate` does
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step to be planned: of training all `rows` x `context` tokens; of serving, with a cache of `context` tokens a
+    row, the last PIECE of them or the last one."""
+
+    config: RunConfig
+    step: StepKind
+    rows: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a row, that the step computes."""
+        return {"train": self.context, "prefill": min(PIECE, self.context), "decode": 1}[self.step]
+
+    @property
+    def model_flops(self) -> float:
+        """Of all devices together."""
+        model = self.config.model
+        if self.step == "train":
+            return self.rows * self.context * train_flops_per_token(model, self.context)
+        return self.rows * forward_flops(model, first=self.context - self.tokens, last=self.context, logits=1)
+
+
+def flags(mesh: MeshConfig) -> str:
+    """As one would write it on the command line."""
+    sizes = dataclasses.asdict(mesh)
+    return " ".join(f"--mesh.{name} {size}" for name, size in sizes.items() if size != 1 or name == "data")
+
+
+def misfits(work: Work, mesh: MeshConfig) -> list[str]:
+    """What is wrong with a mesh for this step, in words; nothing if it divides all that it splits."""
+    model, wrong = work.config.model, []
+
+    def check(what: str, size: int, *axes: str) -> None:
+        ways = math.prod(getattr(mesh, axis) for axis in axes)
+        if size % ways:
+            names = " x ".join(f"mesh.{axis}" for axis in axes)
+            wrong.append(f"{what} is {size}, which {names} = {ways} does not divide")
+
+    check("model.num_heads", model.num_heads, "tensor")
+    check("model.num_kv_heads", model.num_kv_heads, "tensor")
+    check("model.vocab_size", model.vocab_size, "tensor")
+    check("model.embed_dim", model.embed_dim, "fsdp")
+    if any(not spec.moe for spec in model.layers):
+        check("model.mlp_dim", model.mlp_dim, "tensor")
+    if any(spec.moe for spec in model.layers):
+        check("model.expert_mlp_dim", model.expert_mlp_dim, "tensor")
+        check("model.num_experts", model.num_experts, "expert")
+    elif mesh.expert > 1:
+        wrong.append(f"the model has no experts, which mesh.expert = {mesh.expert} could split")
+    if work.step == "train":
+        check("data.batch_size / grad_accumulation", work.rows // work.config.grad_accumulation,
+              "data", "fsdp", "expert")  # fmt: skip
+        check("data.seq_len", work.context, "context")
+    return wrong
+
+
+def meshes(num_devices: int) -> Iterator[MeshConfig]:
+    """All meshes of that many devices."""
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    for sizes in itertools.product(divisors, repeat=len(axes) - 1):
+        if num_devices % (named := math.prod(sizes)) == 0:
+            yield MeshConfig(**dict(zip(axes, (num_devices // named, *sizes), strict=True)))
+
+
+def nearest(work: Work, wanted: MeshConfig, num_devices: int) -> list[MeshConfig]:
+    """The meshes that this step fits, those first whose axes are most like the wanted ones."""
+    free = math.prod(size for size in wanted.shape if size != -1)
+    sizes = [max(1, num_devices // free) if size == -1 else size for size in wanted.shape]
+
+    def distance(mesh: MeshConfig) -> float:
+        return sum(abs(math.log2(a / b)) for a, b in zip(mesh.shape, sizes, strict=True))
+
+    return sorted((mesh for mesh in meshes(num_devices) if not misfits(work, mesh)), key=distance)
+
+
+def ranked(work: Work, topology: Topology) -> list[tuple[MeshConfig, Plan]]:
+    """All meshes that this step fits with their estimates: first those that the chips' memory holds, fastest first."""
+    found = [(m, estimate(work, m, topology)) for m in meshes(topology.num_devices) if not misfits(work, m)]
+    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].seconds_without_overlap))
+
+
+def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
+    """A plan from formulas alone: nothing is compiled."""
+    arguments, temporaries = _memory(work, mesh)
+    chip, devices = topology.chip, topology.num_devices
+    sent = tuple(
+        Sent(kind, axes, ways, times, size * times, size * times * share / _bandwidth(topology, mesh, axes), "formula")
+        for kind, axes, times, size in _sent(work, mesh)
+        if (ways := math.prod(getattr(mesh, axis) for axis in axes)) > 1
+        for share in [(ways - 1) / ways * (2 if kind == "all-reduce" else 1)]
+    )
+    again = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[work.config.remat] if work.step == "train" else 1.0
+    flops = work.model_flops * again / devices
+    traffic = _traffic(work, mesh, sum(arguments.values()))
+    used = sum(arguments.values()) + temporaries
+    return Plan(
+        topology=topology.name, devices=devices, mesh=dataclasses.asdict(mesh), memory=float(chip.memory),
+        arguments=arguments, results=0.0, temporaries=temporaries, fits=used <= chip.memory, flops=flops,
+        model_flops=work.model_flops / devices, traffic=traffic, sent=sent, compute_seconds=flops / chip.bf16,
+        memory_seconds=traffic / chip.bandwidth, network_seconds=sum(s.seconds for s in sent), peak=chip.bf16,
+        assumptions=("NOT COMPILED: all figures are closed formulas, without what a compiler adds or saves",),
+    )  # fmt: skip
+
+
+def _layer_parameters(model: ModelConfig, spec: LayerSpec) -> tuple[float, float, float]:
+    """Of attention, of the feed-forward that every token uses, and of the routed experts."""
+    attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+    expert = 3 * model.embed_dim * model.expert_mlp_dim
+    if spec.moe:
+        return attention, expert, model.num_experts * expert
+    return attention, 3 * model.embed_dim * model.mlp_dim, 0
+
+
+def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
+    """Bytes on a device, by category, and of temporaries."""
+    model, config = work.config.model, work.config
+    counted = count_parameters(model)
+    size, compute = _BYTES[config.precision.params], _BYTES[config.precision.compute]
+    if work.step != "train":
+        rows = math.ceil(work.rows / (mesh.data * mesh.fsdp * mesh.expert))
+        parts = (_layer_parameters(model, spec) for spec in model.layers)
+        attention = sum(part[0] for part in parts)
+        held = attention / (mesh.tensor * mesh.fsdp)
+        held += (counted.total - attention) / (mesh.tensor * mesh.fsdp * mesh.expert)
+        slots = sum(min(spec.chunk or work.context, work.context) for spec in model.layers) / mesh.context
+        cache = rows * slots * 2 * model.num_kv_heads * model.head_dim / mesh.tensor * compute
+        width = 2 * model.expert_mlp_dim + 4 * model.embed_dim
+        return {"parameters": held * size, "cache": cache}, work.rows * work.tokens / mesh.data * width * compute
+    split = mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
+    held = counted.total / split
+    tokens = work.rows * work.context / config.grad_accumulation
+    tokens /= mesh.data * mesh.fsdp * mesh.expert * mesh.context
+    kept = {"full": 1.0, "dots": 6.0, "none": 12.0}[config.remat]  # of a layer, in units of its input
+    parts = max((_layer_parameters(model, spec) for spec in model.layers), key=sum)
+    gathered = (parts[0] + parts[1]) / mesh.tensor + parts[2] / (mesh.expert * mesh.tensor)
+    ends = model.vocab_size * model.embed_dim / mesh.tensor
+    width = 4 * (1 + model.top_k) * model.expert_mlp_dim / mesh.tensor + 8 * model.embed_dim
+    temporaries = held * size  # gradients
+    temporaries += tokens * (model.num_layers * kept * model.embed_dim + width) * compute
+    temporaries += max(3 * gathered * compute, ends * (compute + 4))
+    return {"parameters": held * size, "optimizer": held * 8, "batch": tokens * 24}, temporaries
+
+
+def _traffic(work: Work, mesh: MeshConfig, arguments: float) -> float:
+    """Bytes to and from a device's memory."""
+    config = work.config
+    if work.step == "decode":
+        size, compute = _BYTES[config.precision.params], _BYTES[config.precision.compute]
+        needed = decode_bytes(
+            config.model, rows=work.rows, context=work.context, weight_bytes=size, cache_bytes=compute
+        )
+        everywhere = math.prod(mesh.shape) / mesh.data
+        return min(arguments, needed / everywhere)
+    tokens = work.rows * work.tokens / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
+    passes = 4 if work.step == "train" else 1  # forward, again, and two backward
+    activations = tokens * config.model.num_layers * 20 * config.model.embed_dim * 2
+    return passes * activations + (3 if work.step == "train" else 1) * arguments
+
+
+def _sent(work: Work, mesh: MeshConfig) -> Iterator[tuple[str, tuple[str, ...], float, float]]:
+    """Collectives of a step: kind, axes, how often, and bytes of the whole array."""
+    config, model = work.config, work.config.model
+    compute = _BYTES[config.precision.compute]
+    layers, moe = model.num_layers, sum(spec.moe for spec in model.layers)
+    if work.step != "train":
+        rows = work.rows * work.tokens / (mesh.data * mesh.fsdp * mesh.expert)
+        yield "all-reduce", ("tensor",), 2 * layers, rows * model.embed_dim * compute
+        yield "all-gather", ("expert",), layers, rows * mesh.expert * model.embed_dim * compute
+        yield "reduce-scatter", ("expert",), layers, rows * mesh.expert * model.embed_dim * compute
+        yield "all-gather", ("fsdp",), layers, rows * mesh.fsdp * model.embed_dim * compute
+        yield "all-reduce", ("fsdp",), 4 * layers, rows * mesh.fsdp * model.expert_mlp_dim / mesh.tensor * compute
+        return
+    steps = config.grad_accumulation
+    tokens = work.rows * work.context / steps / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
+    parts = [_layer_parameters(model, spec) for spec in model.layers]
+    dense = (sum(a + f for a, f, _ in parts) + 2 * model.vocab_size * model.embed_dim) / mesh.tensor
+    routed = sum(r for _, _, r in parts) / (mesh.tensor * mesh.expert)
+    gathers = 2 if config.remat == "full" else 1
+    for size, axes in ((dense, ("fsdp", "expert", "context")), (routed, ("fsdp", "context"))):
+        yield "all-gather", axes, gathers * steps, size * compute
+        yield "reduce-scatter", axes, steps, size * compute
+    held = count_parameters(model).total / (mesh.tensor * mesh.fsdp * mesh.expert * mesh.context)
+    yield "all-reduce", ("data",), 1, held * 4
+    rows = tokens * mesh.expert * model.embed_dim * compute
+    yield "all-gather", ("expert",), (gathers + 1) * moe * steps, rows
+    yield "reduce-scatter", ("expert",), (gathers + 1) * moe * steps, rows
+    yield "all-reduce", ("tensor",), 2 * (gathers + 1) * layers * steps, tokens * model.embed_dim * compute
+    keys = 2 * tokens * mesh.context * model.num_kv_heads * model.head_dim / mesh.tensor * compute
+    everywhere = sum(spec.chunk is None or spec.chunk > work.context / mesh.context for spec in model.layers)
+    yield "all-gather", ("context",), (gathers + 2) * everywhere * steps, keys
+
+
+def _bandwidth(topology: Topology, mesh: MeshConfig, axes: tuple[str, ...]) -> float:
+    """About what a device can send along these axes, a second."""
+    chip = topology.chip
+    if not chip.torus:
+        names = [field.name for field in dataclasses.fields(MeshConfig)]
+        span = math.prod(mesh.shape[min(names.index(axis) for axis in axes if getattr(mesh, axis) > 1) :])
+        return chip.link if span <= chip.per_host else chip.host_link
+    ways = math.prod(getattr(mesh, axis) for axis in axes)
+    dimensions = max(1, round(chip.torus * math.log(ways) / math.log(topology.num_devices)))
+    rings = 2 if max(topology.sizes) >= chip.wraps_at and topology.num_devices > 1 else 1
+    return dimensions * rings * chip.link / chip.per_chip

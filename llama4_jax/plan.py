@@ -1,0 +1,267 @@
+"""`llama4 plan`: what a step of a model costs on a machine that need not be there.
+
+    plan = plan_step(Work(config, "train", rows=1024, context=8192), mesh, topology("v5p:4x4x8"))
+
+The step is the one that runs: the update of `train.step.make_trainer`, or `infer.generate`'s reading of a piece of a
+prompt and its decoding of a token. It is given shapes instead of arrays, compiled for the topology's devices, and read
+by `sharding.plan`. For GPUs, whose compiler needs a GPU, there are the formulas of `mesh_search` only.
+"""
+
+import dataclasses
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+
+from configs import load_config
+from llama4_jax.config import RunConfig
+from llama4_jax.data.batch import Batch
+from llama4_jax.data.config import DataConfig
+from llama4_jax.infer import generate
+from llama4_jax.infer.sampling import make_sampling
+from llama4_jax.mesh_search import Work, estimate, flags, misfits, nearest, ranked
+from llama4_jax.model.config import Precision
+from llama4_jax.model.presets import PRESETS, preset
+from llama4_jax.ops.splash_attention import BLOCK_K
+from llama4_jax.plan_options import PlanOptions
+from llama4_jax.train.next_token import next_token
+from llama4_jax.train.step import batch_shardings, make_model, make_trainer
+from sharding import SERVING, MeshConfig, activation_spec, make_mesh, parameter_sharding, use_rules
+from sharding.chips import Topology, topology
+from sharding.hlo import Array
+from sharding.plan import Plan, device_bytes, make_plan, topology_devices
+
+_COMPILED_IN_A_SEARCH = 4
+_ROWS, _CONTEXT = 64, 8192  # of a model without a config
+
+
+def main(arguments: list[str]) -> int:
+    """The command. Raises ValueError for what cannot be planned."""
+    options, rest = tyro.cli(PlanOptions, args=arguments, prog="llama4 plan", return_unknown_args=True)
+    where = topology(options.topology)
+    work = _work(options, rest)
+    chosen = any(argument.startswith("--mesh.") for argument in rest)
+    if options.search:
+        return _search(work, where)
+    mesh = work.config.mesh
+    if not chosen and (options.step != "train" or options.name in PRESETS):
+        mesh = _best(work, where)
+    _say(f"planning {options.name}, {options.step}, {work.rows} rows x {work.context} tokens, {flags(mesh)} …")
+    plan = plan_step(work, mesh, where)
+    print(plan.text())
+    if options.json is not None:
+        options.json.write_text(plan.to_json())
+    return 0 if plan.fits else 1
+
+
+def _work(options: PlanOptions, rest: list[str]) -> Work:
+    """The step that the options name. Raises ValueError if there is no such config or model."""
+    if options.name in PRESETS:
+        data = DataConfig(sources=("jsonl:data/*.jsonl",), tokenizer="bytes", seq_len=_CONTEXT, batch_size=_ROWS)
+        model = preset(options.name)
+        data = dataclasses.replace(data, seq_len=min(_CONTEXT, model.context_length))
+        base = RunConfig(name=options.name, model=model, data=data, steps=1, remat="full",
+                         precision=Precision(params="float32", compute="bfloat16"))  # fmt: skip
+    else:
+        try:
+            base = load_config(options.name)
+        except ValueError as error:
+            raise ValueError(f"{error} Models: {', '.join(PRESETS)}.") from error
+    if options.step != "train":
+        base = dataclasses.replace(base, precision=Precision(params="bfloat16", compute="bfloat16"))
+    config = tyro.cli(
+        RunConfig, prog=f"llama4 plan {options.name}", args=rest, default=base, config=(tyro.conf.AvoidSubcommands,)
+    )
+    rows = config.data.batch_size if options.batch is None else options.batch
+    context = config.data.seq_len if options.context is None else options.context
+    for name, value in (("--batch", rows), ("--context", context)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if context > config.model.context_length:
+        raise ValueError(
+            f"--context is {context}, but the model is meant for {config.model.context_length} tokens at most: set "
+            f"--model.context-length, too."
+        )
+    if options.step == "train":
+        data = dataclasses.replace(config.data, batch_size=rows, seq_len=context)
+        config = dataclasses.replace(config, data=data)
+    return Work(config, options.step, rows, context)
+
+
+def _best(work: Work, where: Topology) -> MeshConfig:
+    found = ranked(work, where)
+    if not found:
+        raise ValueError(f"no mesh of the {where.num_devices} devices of {where.name} divides this model and batch.")
+    return found[0][0]
+
+
+def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
+    """Raises ValueError, with the nearest meshes that work, if this mesh does not fit the devices or does not divide what
+    it splits; and if there is no such topology, or no compiler for it."""
+    mesh_config = _checked(work, mesh_config, where)
+    if not where.chip.torus:
+        return estimate(work, mesh_config, where)
+    try:
+        mesh = make_mesh(mesh_config, topology_devices(where))
+        build = _train if work.step == "train" else _serve
+        with jax.set_mesh(mesh):
+            lowered, arguments, notes = build(work, mesh)
+    except NotImplementedError as error:  # of JAX: the torus has no such sub-boxes
+        others = [m for m in nearest(work, mesh_config, where.num_devices) if m != mesh_config and _lies(m, where)]
+        raise ValueError(
+            f"the mesh {flags(mesh_config)} cannot be laid over {where.name}: each axis must be a product of whole "
+            f"dimensions of its network. Nearest that can: {_listed(others)}."
+        ) from error
+    share = work.model_flops / mesh.devices.size
+    return make_plan(
+        lowered, where, mesh, arguments, model_flops=share, kernel_flops=splash_flops, notes=[*notes, *_NOTES]
+    )
+
+
+_NOTES = (
+    "attention kernels: counted from their shapes, whole blocks of the causal mask; documents and chunks within skip none",
+    "routed experts: the largest number of rows that a round of theirs may hold, and one round a layer",
+)
+
+
+def splash_flops(name: str, operands: list[Array], results: list[Array]) -> float | None:
+    """Operations of JAX's splash attention kernel for TPUs, which does not say them; None for another kernel.
+
+    Its first operand has the shape (heads or 1, blocks of queries, blocks of keys at most for one of them). A block
+    costs two products forward; backward five, or in two kernels four for keys and values and three for queries.
+    """
+    if "splash" not in name:
+        return None
+    _, rows, width = operands[0].shape
+    q, k = [array for array in operands if len(array.shape) == 4 and array.dtype in ("bf16", "f32")][:2]
+    *heads, length, dim = q.shape
+    seen = k.shape[-2]
+    height, across = length // rows, min(seen // width, BLOCK_K)
+    ends = [(seen - length + (row + 1) * height - 1) // across + 1 for row in range(rows)]
+    blocks = sum(min(width, end) for end in ends)
+    products = 2 if "_fwd" in name else 3 if "_dq" in name else 5 if any(len(r.shape) == 5 for r in results) else 4
+    return 2.0 * products * math.prod(heads) * blocks * height * across * dim
+
+
+def _checked(work: Work, mesh: MeshConfig, where: Topology) -> MeshConfig:
+    try:
+        resolved = mesh.resolve(where.num_devices)
+        wrong = misfits(work, resolved)
+        if not wrong:
+            return resolved
+        said = f"the mesh {flags(resolved)} does not fit: {'; '.join(wrong)}."
+    except ValueError as error:
+        said = f"{where.name} has {where.num_devices} devices: {error}"
+    raise ValueError(f"{said} Nearest meshes that work: {_listed(nearest(work, mesh, where.num_devices))}.")
+
+
+def _listed(found: list[MeshConfig]) -> str:
+    return "; ".join(flags(mesh) for mesh in found[:3]) or "none"
+
+
+def _lies(mesh: MeshConfig, where: Topology) -> bool:
+    try:
+        make_mesh(mesh, topology_devices(where))
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _train(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dict[str, Any], list[str]]:
+    config = work.config
+    trainer = make_trainer(config, mesh, next_token)
+    batch = _abstract_batch(config, mesh)
+    state = trainer.abstract
+    small = (state.step, state.skipped, state.bad_steps)
+    arguments = {"parameters": (state.params, state.bias), "optimizer": state.optimizer, "batch": batch,
+                 "counters": small}  # fmt: skip
+    gradients = device_bytes(jax.tree.map(lambda x: x.update(dtype=jnp.float32), state.params))
+    note = (
+        f"temporaries hold the gradients, too: {gradients / 2**30:,.2f} GiB in float32 if all were kept at once, split "
+        f"as the parameters are"
+    )
+    return trainer.step.lower(state, batch, None), arguments, [note]
+
+
+def _abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
+    rows, tokens, tiles = config.data.batch_size, config.data.seq_len, config.data.tiles_per_row
+    dtypes = {"weights": jnp.float32, "images": jnp.uint8}
+
+    def array(name: str, sharding):
+        if sharding is None:
+            return None
+        side = config.model.vision.image_size if name == "images" else 0
+        shape = (rows, tiles, side, side, 3) if name == "images" else (rows, tokens)
+        return jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=sharding)
+
+    shardings = batch_shardings(mesh, images=tiles > 0)
+    return Batch(**{name: array(name, sharding) for name, sharding in shardings._asdict().items()})
+
+
+def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dict[str, Any], list[str]]:
+    config = dataclasses.replace(work.config, scan_layers=False)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_model(config, 0)))
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        value = leaf.get_value()
+        sharding = parameter_sharding(value.shape, leaf.axes, mesh, name, SERVING)
+        return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+
+    state = jax.tree_util.tree_map_with_path(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def placed(shape: tuple[int, ...], dtype, *axes: str | None):
+        sharding = jax.sharding.NamedSharding(mesh, activation_spec(shape, *axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    with use_rules(SERVING):
+        cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).empty_cache(work.rows, work.context))
+        layers = jax.tree.map(
+            lambda x: placed(x.shape, x.dtype, "batch", "kv_heads", "cache", "head_dim"), cache.layers
+        )
+        cache = cache._replace(layers=layers, lengths=placed((work.rows,), jnp.int32, None))
+        numbers = placed((work.rows,), jnp.int32, None)
+        how, scalar = make_sampling(), placed((), jnp.int32)
+        arguments = {"parameters": state, "cache": cache}
+        if work.step == "prefill":
+            piece = placed((work.rows, work.tokens), jnp.int32, None, None)
+            lowered = generate._prefill.lower(graphdef, state, cache, piece, numbers, None, how, scalar)
+            note = f"a step reads the last {work.tokens} tokens of each row's prompt of {work.context}"
+            return lowered, arguments, [note]
+        stopped, stops = placed((work.rows,), jnp.bool_, None), placed((1,), jnp.int32, None)
+        lowered = generate._decode.lower(
+            graphdef, state, cache, numbers, stopped, scalar, scalar, how, scalar, stops
+        )  # fmt: skip
+    return lowered, arguments, ["a step is one token of each row: the loop over tokens counts once"]
+
+
+def _search(work: Work, where: Topology) -> int:
+    """Prints the meshes that fit, the best few compiled."""
+    found = [(mesh, plan) for mesh, plan in ranked(work, where) if plan.fits]
+    if where.chip.torus:
+        found = [(mesh, plan) for mesh, plan in found[: 10 * _COMPILED_IN_A_SEARCH] if _lies(mesh, where)]
+    if not found:
+        raise ValueError(f"no mesh of {where.name} holds this step: choose more chips, or fewer rows (--batch).")
+    rows = []
+    for rank, (mesh, guess) in enumerate(found[:12]):
+        compiled = None
+        if rank < _COMPILED_IN_A_SEARCH and where.chip.torus:
+            _say(f"compiling {flags(mesh)} …")
+            compiled = plan_step(work, mesh, where)
+        rows.append((mesh, compiled or guess, compiled is not None))
+    rows.sort(key=lambda row: (not row[2], not row[1].fits, row[1].seconds, row[1].seconds_without_overlap))
+    print(f"{'mesh':<58}{'GiB':>8}{'fits':>6}{'binds':>10}{'ms':>11}{'no overlap':>12}{'MFU':>8}  figures")
+    for mesh, plan, compiled in rows:
+        print(f"{flags(mesh):<58}{plan.bytes / 2**30:>8,.1f}{'yes' if plan.fits else 'NO':>6}{plan.binds:>10}"
+              f"{plan.seconds * 1e3:>11,.1f}{plan.seconds_without_overlap * 1e3:>12,.1f}{plan.utilization:>8.1%}"
+              f"  {'compiled' if compiled else 'formulas'}")  # fmt: skip
+    print("All times are estimates.")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

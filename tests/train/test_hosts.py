@@ -1,0 +1,179 @@
+"""Several processes are one run: the numbers of one process, whichever of them save, stop, fail or die.
+
+Sums over processes are added in another order than those within one, so figures are compared to rounding; what is
+saved is compared bit for bit.
+"""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from micro_run import ROOT, disturb, end, figures, last_step, train
+from several_processes import EVERY, STEPS, end_all, new_place, run_all, start_all
+
+from llama4_jax.weights.checkpoint import Checkpoints
+
+MESH = ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.context", "2", "--mesh.data", "1"]
+# JAX's heartbeat may be late by this, instead of the time that a product run allows for.
+IMPATIENT = "import sys, train; from llama4_jax.train import hosts; hosts.HEARTBEAT_SECONDS = 6; "
+IMPATIENT += "sys.exit(train.main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The run in a single process with eight devices."""
+    place = new_place(folder / "alone")
+    result = train(place, *MESH)
+    assert result.returncode == 0, result.stderr
+    assert "process" not in result.stdout and "Gloo" not in result.stderr
+    return place / "micro"
+
+
+def at_step(run: Path, place: Path, step: int) -> Path:
+    """The run as it was when it had saved that step, in a new place."""
+    copy = new_place(place) / "micro"
+    shutil.copytree(run, copy)
+    for later in range(step + EVERY, STEPS + 1, EVERY):
+        shutil.rmtree(copy / "checkpoints" / str(later))
+    return copy
+
+
+def assert_same_figures(run: Path, alone: Path) -> None:
+    ours, theirs = figures(run), figures(alone)
+    assert len(ours) == len(theirs) == STEPS + 1
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-6), mine["step"]
+
+
+def arrays_of(run: Path) -> dict[str, np.ndarray]:
+    """Everything in the newest checkpoint, whichever devices wrote it."""
+    checkpoints = Checkpoints(run, read_only=True)
+    metadata = checkpoints._manager.item_metadata(checkpoints.steps()[-1])
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = [
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in metadata[item].items()}
+        for item in ("model", "training")
+    ]
+    saved = checkpoints.newest(abstract=lambda: tuple(abstract))
+    checkpoints.close()
+    return {name: np.asarray(x) for name, x in {**saved.model, **saved.training}.items()}
+
+
+def errors(results) -> list[str]:
+    """What each process says at last, without what JAX and Gloo say."""
+    return [result.stderr[result.stderr.rindex("train.py:") :] for result in results]
+
+
+def test_four_processes_go_on_from_a_checkpoint_of_one_stop_together_and_one_goes_on_from_theirs(alone, folder):
+    run = at_step(alone, folder / "four", EVERY)
+    processes = start_all(run.parent, [MESH] * 4)
+    disturb(processes[2], lambda: last_step(run) >= 2 * EVERY, signal.SIGTERM)
+    results = end_all(processes)
+    for number, result in enumerate(results):
+        assert result.returncode == 0, result.stderr
+        # Tensor parallelism goes over the first two processes and the last two: they hold the same rows.
+        says = rf"process {number} \(.+\) of 4: 2 of 8 devices \(cpu\), rows {'0 to 3' if number < 2 else '4 to 7'} of the 8"
+        assert re.search(says, result.stdout), result.stdout
+    assert f"resumed at step {EVERY} of {STEPS}" in results[0].stdout
+    assert not any("step" in result.stdout for result in results[1:])  # one of them speaks for all
+    stopped_at = int(re.search(r"stopped at step (\d+)", results[0].stdout)[1])
+    assert 2 * EVERY <= stopped_at < STEPS and arrays_of(run)["step"] == stopped_at
+
+    result = train(run.parent, *MESH)
+    assert f"resumed at step {stopped_at} of {STEPS}" in result.stdout, result.stderr
+    assert_same_figures(run, alone)
+
+
+def test_a_checkpoint_is_the_same_whichever_number_of_processes_wrote_it(alone, folder):
+    script, source = str(Path(__file__).with_name("several_processes.py")), alone
+    for count in (4, 2):
+        target = folder / f"copied_by_{count}"
+        target.mkdir()
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        try:
+            results = run_all(folder, [[str(source), str(target), "2"]] * count, [script])
+        finally:
+            del os.environ["PYTHONPATH"]
+        assert [result.returncode for result in results] == [0] * count, results
+        source = target
+    saved, copied = arrays_of(alone), arrays_of(source)
+    assert saved.keys() == copied.keys()
+    for name, x in saved.items():
+        np.testing.assert_array_equal(copied[name], x, err_msg=name)
+
+
+def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(alone, folder):
+    place = new_place(folder / "killed")
+    run, two = place / "micro", [["--mesh.data", "4"]] * 2
+    processes = start_all(place, two, ["-c", IMPATIENT, str(place / "config.py")])
+    disturb(processes[1], lambda: last_step(run) > EVERY, signal.SIGKILL)
+    survivor, killed = end_all(processes)
+    assert killed.returncode == -signal.SIGKILL and survivor.returncode == 1
+    (line,) = errors([survivor])
+    assert "another process of this run was killed" in line and "run the same command on every host" in line
+
+    results = run_all(place, two)
+    assert [result.returncode for result in results] == [0, 0], results
+    assert re.search(rf"resumed at step [48] of {STEPS}", results[0].stdout) and "More of it:" in results[0].stdout
+    assert_same_figures(run, alone)
+
+
+def test_when_the_first_process_dies_the_others_say_so_and_end(folder):
+    place = new_place(folder / "first_dies")
+    processes = start_all(place, [["--mesh.data", "4"]] * 2)
+    assert any("process 1" in line for line in processes[1].stdout)  # what it has of the run: now it compiles
+    processes[0].kill()
+    survivor = end(processes[1])
+    assert survivor.returncode == 1
+    assert "another process of this run was killed" in errors([survivor])[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([["--steps", "8"], ["--steps", "8", "--optimizer.peak-lr", "0.5"]],
+         ["the hosts differ in config and code", "process 1 (", "optimizer.peak_lr: 0.5 instead of 0.01"]),
+        ([["--mesh.data", "3"]] * 2, ["the mesh (mesh.data=3) needs 3 devices, but there are 2"]),
+    ],
+    ids=["another config", "mesh larger than the machines"],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_error_on_every_host_before_anything_is_compiled(folder, request, options, says):
+    place = new_place(folder / re.sub(r"\W+", "_", request.node.name))
+    results = run_all(place, [[*own, "--name", "micro"] for own in options])
+    assert {result.returncode for result in results} == {2}, results
+    found = errors(results)
+    assert len(set(found)) == 1, found
+    for words in says:
+        assert words in found[0]
+    assert not (place / "micro").exists()
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ("", r"setting up failed on process 1 \(.+\): data.sources: own.txt matches no file"),
+        (" a b c d" * 50_000, r"the hosts differ in data. From process 0 \(.+\) differ:\n  process 1 "),
+    ],
+    ids=["missing", "other"],
+)
+def test_data_that_one_host_has_not_is_an_error_on_all(folder, request, second, says):
+    place = new_place(folder / re.sub(r"\W+", "_", request.node.name))
+    disks = [place / "disk 0", place / "disk 1"]
+    for disk, content in zip(disks, ((folder / "text.txt").read_text(), second), strict=True):
+        disk.mkdir()
+        if content:
+            (disk / "own.txt").write_text(content)
+    results = run_all(place, [["--mesh.data", "4", "--data.sources", "text:own.txt"]] * 2, where=disks)
+    assert [result.returncode for result in results] == [2, 2], results
+    first, other = errors(results)
+    assert first == other and re.search(says, first)
