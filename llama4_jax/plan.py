@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from configs import load_config
+from configs import config_names, load_config
 from llama4_jax.config import RunConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     if options.search:
         return _search(work, where)
     mesh = work.config.mesh
-    if not chosen and (options.step != "train" or options.name in PRESETS):
+    if not chosen and (options.step != "train" or options.name not in config_names()):
         mesh = _best(work, where)
     _say(f"planning {options.name}, {options.step}, {work.rows} rows x {work.context} tokens, {flags(mesh)} …")
     plan = plan_step(work, mesh, where)
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 def _work(options: PlanOptions, rest: list[str]) -> Work:
     """The step that the options name. Raises ValueError if there is no such config or model."""
-    if options.name in PRESETS:
+    if options.name in PRESETS and options.name not in config_names():
         data = DataConfig(sources=("jsonl:data/*.jsonl",), tokenizer="bytes", seq_len=_CONTEXT, batch_size=_ROWS)
         model = preset(options.name)
         data = dataclasses.replace(data, seq_len=min(_CONTEXT, model.context_length))
@@ -123,7 +123,7 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
 
 
 _NOTES = (
-    "attention kernels: counted from their shapes, whole blocks of the causal mask; documents and chunks within skip none",
+    "attention kernels: whole blocks of the causal mask, counted from their shapes; documents and chunks skip none",
     "routed experts: the largest number of rows that a round of theirs may hold, and one round a layer",
 )
 

@@ -262,7 +262,7 @@ class Network:
         self.sizes = topology.sizes
         self.mesh = dict(mesh.shape)
         devices = mesh.devices.flat
-        self.coords = np.array([d.coords for d in devices]) if self.chip.torus else None
+        self.coords = np.array([d.coords[: self.chip.torus] for d in devices]) if self.chip.torus else None
 
     def summary(self, collectives: Sequence[hlo.Collective]) -> tuple[Sent, ...]:
         found: dict[tuple, list[hlo.Collective]] = {}

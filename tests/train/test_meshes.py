@@ -50,14 +50,15 @@ def steps(model: str, mesh: str | None):
     if model == "pictures":
         data = DataConfig(seq_len=32, batch_size=8, tiles_per_row=2)
         small = config(MODELS[model], data=data, balance=BalanceConfig(switch=1e-2, z=1e-3))
-        batches = [with_pictures(packed_batch(small, seed), seed) for seed in range(3)]
+        # One step: Adam then divides gradients of the encoder that are as small as their rounding by themselves.
+        batches = [with_pictures(packed_batch(small), 0)]
     else:
         small = config(MODELS[model])
         batches = [packed_batch(small, seed) for seed in range(3)]
     made = trainer(small, None if mesh is None else MESHES[mesh])
     state, figures = run(made, batches[:1])
     first = gradients(state), arrays(state.bias)
-    state, more = run(made, batches[1:], state)
+    state, more = run(made, batches[1:], state) if batches[1:] else (state, [])
     return made, state, *first, figures + more
 
 
