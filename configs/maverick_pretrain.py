@@ -1,4 +1,4 @@
-"""Maverick's text model from scratch, on 1024 chips of a TPU v5p or more.
+"""Maverick's text model from scratch, on 128 chips of a TPU v5p or a multiple of them.
 
 Needs a `tokenizer.model` and Parquet files with a column "text", at the paths below or others:
 
@@ -24,13 +24,13 @@ def config() -> RunConfig:
         # With 128 experts a loss alone balances slowly, so a bias does.
         model=dataclasses.replace(preset("maverick"), router_bias=True),
         data=DataConfig(
-            sources=("parquet:data/*.parquet",), tokenizer="tokenizer.model", seq_len=8192, batch_size=1024,
+            sources=("parquet:data/*.parquet",), tokenizer="tokenizer.model", seq_len=8192, batch_size=512,
             heldout_fraction=0.001,
         ),
         optimizer=OptimizerConfig(schedule="wsd", peak_lr=2e-4, warmup_steps=2000),
         balance=BalanceConfig(bias_rate=1e-3, z=1e-3),
         precision=Precision(params="float32", compute="bfloat16"),
-        mesh=MeshConfig(data=-1, fsdp=16, expert=64),
+        mesh=MeshConfig(data=-1, fsdp=4, expert=32),
         steps=250_000,
         remat="full",
         eval_every=1000,

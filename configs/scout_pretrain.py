@@ -1,4 +1,4 @@
-"""Scout's text model from scratch, on 256 chips of a TPU v5p or more.
+"""Scout's text model from scratch, on 128 chips of a TPU v5p or a multiple of them.
 
 Needs a `tokenizer.model` and Parquet files with a column "text", at the paths below or others:
 
@@ -21,13 +21,13 @@ def config() -> RunConfig:
         name="scout_pretrain",
         model=preset("scout"),
         data=DataConfig(
-            sources=("parquet:data/*.parquet",), tokenizer="tokenizer.model", seq_len=8192, batch_size=512,
+            sources=("parquet:data/*.parquet",), tokenizer="tokenizer.model", seq_len=8192, batch_size=1024,
             heldout_fraction=0.001,
         ),
         optimizer=OptimizerConfig(schedule="wsd", peak_lr=2e-4, warmup_steps=2000),
         balance=BalanceConfig(switch=1e-2, z=1e-3),
         precision=Precision(params="float32", compute="bfloat16"),
-        mesh=MeshConfig(data=-1, fsdp=16, expert=16),
+        mesh=MeshConfig(data=-1, fsdp=8, expert=16),
         steps=250_000,
         remat="full",
         eval_every=1000,

@@ -10,16 +10,15 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from llama4_jax.config import RunConfig
 from llama4_jax.model.config import LayerSpec, ModelConfig
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
+from llama4_jax.plan_options import StepKind
 from sharding import MeshConfig
 from sharding.chips import Topology
 from sharding.plan import Plan, Sent
 
-StepKind = Literal["train", "prefill", "decode"]
 PIECE = 512  # tokens of a prompt that are read at once, as `infer.generate` does
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -46,6 +45,15 @@ class Work:
         if self.step == "train":
             return self.rows * self.context * train_flops_per_token(model, self.context)
         return self.rows * forward_flops(model, first=self.context - self.tokens, last=self.context, logits=1)
+
+    @property
+    def model_traffic(self) -> float:
+        """Bytes that all devices together must read: of decoding, which is little else than reading; 0 otherwise."""
+        if self.step != "decode":
+            return 0.0
+        size, cache = (_BYTES[dtype] for dtype in (self.config.precision.params, self.config.precision.compute))
+        how = {"rows": self.rows, "context": self.context, "weight_bytes": size, "cache_bytes": cache}
+        return decode_bytes(self.config.model, **how)
 
 
 def flags(mesh: MeshConfig) -> str:
@@ -113,7 +121,15 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
     arguments, temporaries = _memory(work, mesh)
     chip, devices = topology.chip, topology.num_devices
     sent = tuple(
-        Sent(kind, axes, ways, times, size * times, size * times * share / _bandwidth(topology, mesh, axes), "formula")
+        Sent(
+            kind,
+            axes,
+            ways,
+            float(times),
+            size * times,
+            seconds=size * times * share / _bandwidth(topology, mesh, axes),
+            where="a formula",
+        )  # fmt: skip
         for kind, axes, times, size in _sent(work, mesh)
         if (ways := math.prod(getattr(mesh, axis) for axis in axes)) > 1
         for share in [(ways - 1) / ways * (2 if kind == "all-reduce" else 1)]
@@ -125,13 +141,14 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
     return Plan(
         topology=topology.name, devices=devices, mesh=dataclasses.asdict(mesh), memory=float(chip.memory),
         arguments=arguments, results=0.0, temporaries=temporaries, fits=used <= chip.memory, flops=flops,
-        model_flops=work.model_flops / devices, traffic=traffic, sent=sent, compute_seconds=flops / chip.bf16,
-        memory_seconds=traffic / chip.bandwidth, network_seconds=sum(s.seconds for s in sent), peak=chip.bf16,
+        model_flops=work.model_flops / devices, traffic=traffic, model_traffic=work.model_traffic / devices, sent=sent,
+        compute_seconds=flops / chip.bf16, memory_seconds=traffic / chip.bandwidth,
+        network_seconds=float(sum(s.seconds for s in sent)), peak=chip.bf16,
         assumptions=("NOT COMPILED: all figures are closed formulas, without what a compiler adds or saves",),
     )  # fmt: skip
 
 
-def _layer_parameters(model: ModelConfig, spec: LayerSpec) -> tuple[float, float, float]:
+def _layer_parameters(model: ModelConfig, spec: LayerSpec) -> tuple[int, int, int]:
     """Of attention, of the feed-forward that every token uses, and of the routed experts."""
     attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
     expert = 3 * model.embed_dim * model.expert_mlp_dim
@@ -174,12 +191,7 @@ def _traffic(work: Work, mesh: MeshConfig, arguments: float) -> float:
     """Bytes to and from a device's memory."""
     config = work.config
     if work.step == "decode":
-        size, compute = _BYTES[config.precision.params], _BYTES[config.precision.compute]
-        needed = decode_bytes(
-            config.model, rows=work.rows, context=work.context, weight_bytes=size, cache_bytes=compute
-        )
-        everywhere = math.prod(mesh.shape) / mesh.data
-        return min(arguments, needed / everywhere)
+        return min(arguments, work.model_traffic * mesh.data / math.prod(mesh.shape))
     tokens = work.rows * work.tokens / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
     passes = 4 if work.step == "train" else 1  # forward, again, and two backward
     activations = tokens * config.model.num_layers * 20 * config.model.embed_dim * 2

@@ -100,8 +100,8 @@ def _best(work: Work, where: Topology) -> MeshConfig:
 
 
 def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
-    """Raises ValueError, with the nearest meshes that work, if this mesh does not fit the devices or does not divide what
-    it splits; and if there is no such topology, or no compiler for it."""
+    """Raises ValueError, with the nearest meshes that work, if this mesh does not fit the devices or does not divide
+    what it splits; and if there is no such topology, or no compiler for it."""
     mesh_config = _checked(work, mesh_config, where)
     if not where.chip.torus:
         return estimate(work, mesh_config, where)
@@ -116,10 +116,13 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
             f"the mesh {flags(mesh_config)} cannot be laid over {where.name}: each axis must be a product of whole "
             f"dimensions of its network. Nearest that can: {_listed(others)}."
         ) from error
-    share = work.model_flops / mesh.devices.size
     return make_plan(
-        lowered, where, mesh, arguments, model_flops=share, kernel_flops=splash_flops, notes=[*notes, *_NOTES]
-    )
+        lowered, where, mesh, arguments,
+        model_flops=work.model_flops / mesh.devices.size,
+        model_traffic=work.model_traffic / mesh.devices.size,
+        kernel_flops=splash_flops,
+        notes=[*notes, *_NOTES],
+    )  # fmt: skip
 
 
 _NOTES = (

@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+StepKind = Literal["train", "prefill", "decode"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
@@ -14,7 +16,7 @@ class PlanOptions:
 
     name: tyro.conf.Positional[str]  # a config of configs/, a .py file, or a model such as scout, maverick
     topology: str  # v5p:4x4x8, v5e:4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:4x8
-    step: Literal["train", "prefill", "decode"] = "train"
+    step: StepKind = "train"
     batch: int | None = None  # rows of the whole batch; None: the config's
     context: int | None = None  # tokens of a row, or of the cache; None: the config's
     search: bool = False  # rank the meshes that fit, and compile the best few

@@ -50,7 +50,7 @@ class Chip:
         return self.bf16
 
 
-GIB = 2**30
+GIB = float(2**30)
 
 CHIPS = {
     chip.name: chip

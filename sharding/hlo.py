@@ -225,15 +225,18 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
         if found[4]:
             ids = ids.transpose([int(n) for n in found[4].split(",")])
         return ids.reshape(int(found[1]), int(found[2]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        return _mesh_groups(found[1], found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes):
+        return _mesh_groups(found[1], found[3], found[2])
     if found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
         return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])])
-    return np.arange(num_devices)[None]  # "replica_groups={}": all
+    if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
+        raise ValueError(f"replica groups in a notation that this does not know: {attributes[:200]!r}.")
+    return np.arange(num_devices)[None]
 
 
-def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
-    """Groups over axes of a mesh, mesh['a'=4,'b'=8] {'a','b':(2)4}: of b a part, 4 long, with 2 of them before it."""
+def _mesh_groups(mesh: str, axes: str, device_ids: str | None) -> np.ndarray:
+    """Groups over axes of a mesh, mesh['a'=4,'b'=8] {'a','b':(2)4}: of b a part, 4 long, with 2 of them before it. The
+    mesh's devices are numbered in order, or as `device_ids` say: [8,4]T(1,0) is 0 … 31 in that shape, transposed."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     wanted = {name: (int(before or 1), int(size or sizes[name]))
               for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)}  # fmt: skip
@@ -242,7 +245,14 @@ def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
         before, middle = wanted.get(name, (size, 1))
         inside += [len(shape) + 1] if name in wanted else []
         shape += [before, middle, size // (before * middle)]
-    ids = np.arange(math.prod(sizes.values())).reshape(shape)
+    ids = np.arange(math.prod(sizes.values()))
+    if device_ids:
+        found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids)
+        if found is None:
+            raise ValueError(f"devices of a mesh in a notation that this does not know: {device_ids!r}.")
+        ids = ids.reshape([int(n) for n in found[1].split(",")])
+        ids = ids.transpose([int(n) for n in found[2].split(",")]) if found[2] else ids
+    ids = ids.reshape(shape)
     ids = np.moveaxis(ids, inside, range(ids.ndim - len(inside), ids.ndim))
     return ids.reshape(-1, math.prod(size for _, size in wanted.values()))
 

@@ -107,6 +107,7 @@ class Plan:
     flops: float  # executed
     model_flops: float  # that the model needs, however it is computed
     traffic: float  # to and from the device's memory
+    model_traffic: float  # of it what the model needs, however it is computed; 0 where nobody counts it
     sent: tuple[Sent, ...]
     compute_seconds: float
     memory_seconds: float
@@ -116,7 +117,7 @@ class Plan:
 
     @property
     def bytes(self) -> float:
-        return sum(self.arguments.values()) + self.results + self.temporaries
+        return float(sum(self.arguments.values()) + self.results + self.temporaries)
 
     @property
     def seconds(self) -> float:
@@ -137,6 +138,11 @@ class Plan:
         """Model FLOPs utilisation at `seconds`: an estimate, and an upper bound."""
         return self.model_flops / (self.seconds * self.peak) if self.seconds else 0.0
 
+    def _beyond_the_needed(self) -> str:
+        if not self.model_traffic:
+            return ""
+        return f", {self.traffic / self.model_traffic:.3f} x the {self.model_traffic / 1e9:,.2f} that must be read"
+
     def to_json(self) -> str:
         derived = {name: getattr(self, name) for name in ("bytes", "seconds", "seconds_without_overlap", "binds",
                                                           "utilization")}  # fmt: skip
@@ -153,7 +159,7 @@ class Plan:
         if self.flops:
             ratio = f", {self.flops / self.model_flops:.3f} x the model's {self.model_flops / 1e12:,.2f}"
             lines.append(f"  executed       {self.flops / 1e12:>12,.2f} TFLOP{ratio if self.model_flops else ''}")
-        lines.append(f"  to memory      {self.traffic / 1e9:>12,.2f} GB")
+        lines.append(f"  to memory      {self.traffic / 1e9:>12,.2f} GB{self._beyond_the_needed()}")
         if self.sent:
             lines += ["", f"  {'collective':<20}{'over':<22}{'devices':>8}{'times':>8}{'GB':>12}{'est. ms':>10}"]
             for s in self.sent:
@@ -179,25 +185,28 @@ def make_plan(
     arguments: Mapping[str, Any],
     *,
     model_flops: float,
+    model_traffic: float = 0.0,
     kernel_flops: hlo.KernelFlops = lambda name, operands, results: None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Compiles the step, and counts.
 
     - arguments: trees of the step's `jax.ShapeDtypeStruct`s with shardings, by category
-    - model_flops: of one device in one step
+    - model_flops, model_traffic: what one device must compute in one step, and read
     - kernel_flops: operations of custom kernels that do not say theirs
     - notes: assumptions of the caller, to stand with the plan's own
 
     A step that needs more memory than the device has gives a plan that does not fit.
     """
-    text, temporaries, results = _compiled(lowered)
+    text, temporaries, results, whole = _compiled(lowered)
     sizes = {name: device_bytes(tree) for name, tree in arguments.items()}
+    if whole is not None:
+        temporaries = max(0.0, whole - sum(sizes.values()))
     used = sum(sizes.values()) + temporaries + results
     common = {
         "topology": topology.name, "devices": mesh.devices.size, "mesh": dict(mesh.shape),
         "memory": float(topology.chip.memory), "arguments": sizes, "results": results, "temporaries": temporaries,
-        "fits": used <= topology.chip.memory, "model_flops": model_flops, "peak": topology.chip.bf16,
+        "fits": whole is None and used <= topology.chip.memory, "model_flops": model_flops, "peak": topology.chip.bf16,
     }  # fmt: skip
     chip = topology.chip
     costs = hlo.costs(text, kernel_flops)
@@ -208,10 +217,11 @@ def make_plan(
         **common,
         flops=costs.total_flops,
         traffic=costs.traffic,
+        model_traffic=model_traffic,
         sent=sent,
-        compute_seconds=sum(flops / chip.peak(dtype) for dtype, flops in costs.flops.items()),
+        compute_seconds=float(sum(flops / chip.peak(dtype) for dtype, flops in costs.flops.items())),
         memory_seconds=costs.traffic / chip.bandwidth,
-        network_seconds=sum(s.seconds for s in sent),
+        network_seconds=float(sum(s.seconds for s in sent)),
         assumptions=(*notes, *_ASSUMPTIONS, *assumptions),
     )
 
@@ -232,26 +242,31 @@ def device_bytes(tree: Any) -> float:
 _TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds")
 
 
-def _compiled(lowered: jax.stages.Lowered) -> tuple[str, float, float]:
-    """The optimised text, bytes of temporaries, and bytes of results that are no updated arguments."""
+def _compiled(lowered: jax.stages.Lowered) -> tuple[str, float, float, float | None]:
+    """The optimised text, bytes of temporaries, and bytes of results that are no updated arguments; or, of a program
+    that its device cannot hold, the bytes that it needs in all.
+
+    Raises ValueError for what the compiler refuses for another reason.
+    """
     # The compiler writes the text itself: what this jaxlib reads back of a newer libtpu's program it may not know.
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             with _silent():
                 memory = lowered.compile(compiler_options=options).memory_analysis()
-            temporaries = float(memory.temp_size_in_bytes)
+            temporaries, whole = float(memory.temp_size_in_bytes), None
             results = float(memory.output_size_in_bytes - memory.alias_size_in_bytes)
         except jax.errors.JaxRuntimeError as error:
             found = _TOO_LARGE.search(str(error))
             if found is None:
-                raise
-            temporaries, results = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]], 0.0
+                raise ValueError(f"the compiler refuses the step: {str(error).splitlines()[0]}") from error
+            temporaries, results = 0.0, 0.0
+            whole = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
         texts = glob.glob(f"{folder}/*after_optimizations.txt")
         if not texts:
             raise RuntimeError(f"the compiler wrote no optimised program into {folder}.")
         with open(max(texts, key=os.path.getsize)) as file:
-            return file.read(), temporaries, results
+            return file.read(), temporaries, results, whole
 
 
 class Network:
@@ -271,9 +286,9 @@ class Network:
         sent = [
             Sent(
                 kind, axes, devices,
-                times=sum(c.times for c in same),
-                bytes=sum(c.bytes * c.times for c in same),
-                seconds=sum(self.seconds(c) * c.times for c in same),
+                times=float(sum(c.times for c in same)),
+                bytes=float(sum(c.bytes * c.times for c in same)),
+                seconds=float(sum(self.seconds(c) * c.times for c in same)),
                 where=max(same, key=lambda c: c.bytes * c.times).op_name,
             )
             for (kind, axes, devices), same in found.items()

@@ -27,7 +27,7 @@ from llama4_jax.infer.sampling import Sampling, make_sampling, row_keys, sample
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.model.llama4 import Images, Llama4
-from sharding import constrain
+from sharding import SERVING, constrain, use_rules
 
 _PIECE = 512  # tokens of each prompt read at once: bounds the memory of a long prompt
 _TILES = 8  # encoded at once: as many tokens of the encoder as a piece of a prompt has, and more
@@ -217,16 +217,19 @@ def _rounded(length: int, least: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "slots"))
+@use_rules(SERVING)
 def _empty_cache(graphdef, state, rows: int, slots: int) -> Cache:
     return nnx.merge(graphdef, state).empty_cache(rows, slots)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
+@use_rules(SERVING)
 def _encode(graphdef, state, tiles: Images) -> Float[Array, "1 patches D"]:
     return nnx.merge(graphdef, state).encode_images(tiles)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+@use_rules(SERVING)
 def _prefill(
     graphdef,
     state,
@@ -246,6 +249,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+@use_rules(SERVING)
 def _decode(
     graphdef,
     state,

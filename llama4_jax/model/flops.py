@@ -69,7 +69,7 @@ def forward_flops(config: ModelConfig, *, first: int, last: int, logits: int) ->
     return 2 * ((last - first) * products + logits * config.vocab_size * config.embed_dim + scores)
 
 
-def decode_bytes(config: ModelConfig, *, rows: int, context: int, weight_bytes: float, cache_bytes: float) -> float:
+def decode_bytes(config: ModelConfig, *, rows: int, context: int, weight_bytes: int, cache_bytes: int) -> float:
     """Bytes that decoding one token of each row must read: the weights in use, and the keys and values of `context`
     tokens a row.
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.ops.dot_general import contract, make_dot_general
 from llama4_jax.ops.embedding import lookup
 from llama4_jax.ops.swiglu import swiglu
-from sharding import for_use
+from sharding import constrain, for_use
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype) -> nnx.Param:
@@ -120,4 +120,5 @@ class SwiGLU(nnx.Module):
         self.down = Linear({"mlp": width}, {"embed": dim}, **make)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(swiglu(self.gate_up(x)))
+        gate_up = self.gate_up(constrain(x, "rows", "seq", "embed"))
+        return self.down(swiglu(constrain(gate_up, "rows", "seq", "gate_up", "mlp")))

@@ -103,11 +103,8 @@ def _multiply(
     implementation: str, x: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:
     """Each row through the expert of its group."""
-    gate_up = grouped_matmul(
-        x, rearrange(weights.gate_up, "E D two F -> E D (two F)"), group_sizes, implementation=implementation
-    )
-    hidden = swiglu(rearrange(gate_up, "R (two F) -> R two F", two=2))
-    return grouped_matmul(hidden, weights.down, group_sizes, implementation=implementation)
+    product = partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+    return product(swiglu(product(x, weights.gate_up)), weights.down)
 
 
 class Routing(NamedTuple):

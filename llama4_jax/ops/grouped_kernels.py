@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
     width: int
 
 
-def megablox(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+def megablox(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
     """`jax.experimental.pallas.ops.tpu.megablox`: only tiles with rows of a group are computed. On a CPU Pallas
     interprets it, which is slow and for tests. Raises ValueError on other platforms."""
     if platform() not in ("tpu", "cpu"):
@@ -52,7 +52,9 @@ def megablox(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[
     return _product(Kernels(rows, outer, tile, 1), x, w.astype(x.dtype), group_sizes)
 
 
-def mosaic_gpu(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+def mosaic_gpu(
+    x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "R *O"]:
     """`jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`, for Hopper's tensor cores. Raises ValueError on other
     platforms, and for other dtypes than bfloat16 and float16."""
     if platform() != "gpu":
@@ -74,11 +76,13 @@ def mosaic_gpu(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: In
 
 
 def _product(kernels: Kernels, x, w, group_sizes):
-    """With rows, widths padded to the kernels' tiles, and the padding cut off again."""
-    rows, width = x.shape[0], w.shape[2]
+    """With columns in one dimension, rows and widths padded to the kernels' tiles, and the padding cut off again."""
+    rows, columns = x.shape[0], w.shape[2:]
+    w = w.reshape(*w.shape[:2], -1)
+    width = w.shape[2]
     x = _padded(_padded(x, 0, kernels.tile), 1, kernels.width)
     w = _padded(_padded(w, 1, kernels.width), 2, kernels.width)
-    return _multiply(kernels, x, w, group_sizes)[:rows, :width]
+    return _multiply(kernels, x, w, group_sizes)[:rows, :width].reshape(rows, *columns)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

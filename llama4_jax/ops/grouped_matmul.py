@@ -29,13 +29,14 @@ from sharding import platform
 
 
 def grouped_matmul(
-    x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"], *, implementation: str = "auto"
-) -> Float[Array, "R O"]:
+    x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"], *, implementation: str = "auto"
+) -> Float[Array, "R *O"]:
     """Rows [sum(group_sizes[:e]), sum(group_sizes[:e + 1])) of x, times w[e]. Rows after the last group give 0.
 
     Args:
         x: rows, sorted by group.
-        w: one matrix a group. Where its dtype is not x's, it is cast, one group at a time.
+        w: one matrix a group, whose columns may be several dimensions. Where its dtype is not x's, it is cast, one
+            group at a time.
         group_sizes: how many rows each group has; zeros are fine. Their sum must not exceed R.
         implementation: a key of IMPLEMENTATIONS, or "auto": the best one for the platform it is compiled for.
 
@@ -43,23 +44,24 @@ def grouped_matmul(
     Raises ValueError for an unknown implementation, and one that cannot serve here.
     """
     if implementation == "auto":
-        implementation = PLATFORM_DEFAULTS.get(platform(), "blocks")
+        implementation = _choose(x.shape[0])
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"unknown grouped_matmul implementation {implementation!r}: expected one of {known}.")
     return IMPLEMENTATIONS[implementation](x, w, group_sizes)
 
 
-def reference(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+def reference(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
     """Every row times every matrix, then the right one picked: E times the work, and obviously right."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[:, None]
     chosen = (row >= ends - group_sizes) & (row < ends)
-    every = jnp.einsum("RI,EIO->REO", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    return jnp.sum(jnp.where(chosen[:, :, None], every, 0), axis=1).astype(x.dtype)
+    every = jnp.einsum("RI,EI...->RE...", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    chosen = chosen.reshape(*chosen.shape, *[1] * (every.ndim - 2))
+    return jnp.sum(jnp.where(chosen, every, 0), axis=1).astype(x.dtype)
 
 
-def blocks(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+def blocks(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
     """One product a group, of the smallest compiled height that holds it."""
     if x.shape[0] == 1:  # XLA:CPU has no fast product of a single row; in 16 bits it is 10 times slower than of two
         return _blocks(jnp.pad(x, ((0, 1), (0, 0))), w, group_sizes)[:1]
@@ -72,18 +74,25 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "megablox": megablox,
     "mosaic_gpu": mosaic_gpu,
 }
-# What "auto" means where it is not "blocks". A kernel whose results nobody has seen on its hardware is not among them.
-PLATFORM_DEFAULTS: dict[str, str] = {"tpu": "megablox"}
+
+# On a TPU a kernel wants a group's columns in one dimension: of weights stored in two that is a copy of all of them,
+# which is little beside the products of many rows, and three times the work of a few.
+FEW_ROWS = 256
+
+
+def _choose(rows: int) -> str:
+    # A kernel that nobody has run on its hardware, as "mosaic_gpu", is not chosen unasked.
+    return "megablox" if platform() == "tpu" and rows > FEW_ROWS else "blocks"
 
 
 @jax.custom_vjp
-def _blocks(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
-    def multiply(out: Shaped[Array, "R O"], block: _Block) -> Shaped[Array, "R O"]:
+def _blocks(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
+    def multiply(out: Shaped[Array, "R *O"], block: _Block) -> Shaped[Array, "R *O"]:
         rows = _slice(x, block.first_row, block.height)
         matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
-        return _write_rows(out, block, _float32_sum(rows, matrix, contract=(1, 0)).astype(x.dtype))
+        return _write_rows(out, block, _float32_sum(rows, matrix, (1,), (0,)).astype(x.dtype))
 
-    zeros = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
+    zeros = jnp.zeros((x.shape[0], *w.shape[2:]), x.dtype)
     return _from_bits(_fold_groups(multiply, _as_bits(zeros), group_sizes, x.shape[0]), x.dtype)
 
 
@@ -93,16 +102,17 @@ def _blocks_forward(x, w, group_sizes):
 
 def _blocks_backward(operands, g):
     x, w, group_sizes = operands
+    columns = tuple(range(1, g.ndim))
 
-    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E I O"]], block: _Block):
+    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E I *O"]], block: _Block):
         x_grad, w_grad = grads
-        g_rows = jnp.where(block.is_inside, _slice(g, block.first_row, block.height), 0)
-        x_rows = jnp.where(block.is_inside, _slice(x, block.first_row, block.height), 0)
+        g_rows = jnp.where(block.of(g), _slice(g, block.first_row, block.height), 0)
+        x_rows = jnp.where(block.of(x), _slice(x, block.first_row, block.height), 0)
         matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
-        x_grad = _write_rows(x_grad, block, _float32_sum(g_rows, matrix, contract=(1, 1)).astype(x.dtype))
+        x_grad = _write_rows(x_grad, block, _float32_sum(g_rows, matrix, columns, columns).astype(x.dtype))
         # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
         x_columns = lax.optimization_barrier(x_rows.T)
-        w_new = _as_bits(_float32_sum(x_columns, g_rows, contract=(1, 0)).astype(w.dtype))
+        w_new = _as_bits(_float32_sum(x_columns, g_rows, (1,), (0,)).astype(w.dtype))
         return x_grad, lax.dynamic_update_index_in_dim(w_grad, w_new, block.group, 0, allow_negative_indices=False)
 
     zeros = _as_bits(jnp.zeros_like(x)), _as_bits(jnp.zeros_like(w))
@@ -119,7 +129,11 @@ class _Block(NamedTuple):
     group: Int[Array, ""]
     first_row: Int[Array, ""]
     height: int
-    is_inside: Bool[Array, "height 1"]  # which rows are the group's own
+    is_inside: Bool[Array, " height"]  # which rows are the group's own
+
+    def of(self, rows: Shaped[Array, "R *N"]) -> Bool[Array, "height *_"]:
+        """`is_inside`, to be broadcast over such rows."""
+        return lax.expand_dims(self.is_inside, range(1, rows.ndim))
 
 
 def _heights(num_rows: int, num_groups: int) -> list[int]:
@@ -155,7 +169,7 @@ def _fold_groups(step: Callable, out, group_sizes: Int[Array, " E"], num_rows: i
             turn, out = carry
             group, start, end = _slice(plan, turn, 1, axis=1)[:, 0]
             first_row = jnp.minimum(start, num_rows - height)
-            row = first_row + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
+            row = first_row + lax.iota(jnp.int32, height)
             return turn + 1, step(out, _Block(group, first_row, height, (row >= start) & (row < end)))
 
         return lax.while_loop(lambda carry: carry[0] < last, body, (turn, out))
@@ -166,16 +180,17 @@ def _fold_groups(step: Callable, out, group_sizes: Int[Array, " E"], num_rows: i
     return out
 
 
-def _float32_sum(a: Float[Array, "..."], b: Float[Array, "..."], *, contract: tuple[int, int]) -> Float[Array, "..."]:
-    """Sums over dimension contract[0] of a and contract[1] of b, in float32."""
-    numbers = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+def _float32_sum(
+    a: Float[Array, "..."], b: Float[Array, "..."], over_a: tuple[int, ...], over_b: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """Sums over these dimensions of a and of b, in float32."""
+    return lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _write_rows(out: Shaped[Array, "R N"], block: _Block, y: Float[Array, "height N"]) -> Shaped[Array, "R N"]:
+def _write_rows(out: Shaped[Array, "R *N"], block: _Block, y: Float[Array, "height *N"]) -> Shaped[Array, "R *N"]:
     """Writes the group's own rows of the block into out."""
     old = lax.dynamic_slice_in_dim(out, block.first_row, block.height, allow_negative_indices=False)
-    new = jnp.where(block.is_inside, _as_bits(y), old)
+    new = jnp.where(block.of(out), _as_bits(y), old)
     return lax.dynamic_update_slice_in_dim(out, new, block.first_row, 0, allow_negative_indices=False)
 
 

@@ -27,7 +27,7 @@ from llama4_jax.weights.source import (
     saved_model,
     source_format,
 )
-from sharding import parameter_sharding
+from sharding import SERVING, parameter_sharding
 
 
 def from_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: str = "bfloat16") -> Llama4:
@@ -36,7 +36,7 @@ def from_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: str = "bf
     - path: a Hugging Face directory (config.json and *.safetensors, one file or shards), a Meta directory (params.json
       and consolidated.*.pth), or a directory of ours: a run of `train.py`, or what `llama4 convert` made. Of these the
       newest whole checkpoint is taken. Quantized weights are dequantized.
-    - mesh: places each parameter on it, by the rules of `sharding`; without, all are on the default device
+    - mesh: places each parameter on it, by the rules `sharding.SERVING`; without, all are on the default device
     - dtype: of parameters and computation, "float32" or "bfloat16"; logits are float32
 
     The directory's config.json decides what the model is. If it has the sizes of a preset but differs from it, the
@@ -137,7 +137,7 @@ def _fill(empty: _EmptyModel, weights: Weights) -> Llama4:
 
 
 def _place(variable: nnx.Variable, mesh: Mesh | None, name: str) -> Sharding | None:
-    return None if mesh is None else parameter_sharding(variable.get_value().shape, variable.axes, mesh, name)
+    return None if mesh is None else parameter_sharding(variable.get_value().shape, variable.axes, mesh, name, SERVING)
 
 
 def _put(weights: Weights, name: str, dtype: jnp.dtype, place: Sharding | None) -> jax.Array:

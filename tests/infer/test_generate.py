@@ -13,7 +13,7 @@ from oracles.cases import MAVERICK, SCOUT, Case, tokens
 import llama4_jax
 from llama4_jax.infer import generate as module
 from llama4_jax.infer.generate import generate
-from sharding import MeshConfig, make_mesh, parameter_sharding
+from sharding import SERVING, MeshConfig, make_mesh, parameter_sharding
 
 CASE = dataclasses.replace(SCOUT, layers=4, vocab=96)  # three chunked layers and a global one
 LENGTHS = (29, 1, 8)  # chunks are of 8 tokens
@@ -127,7 +127,9 @@ def test_other_values_compile_nothing(model):
     assert compiled() == [size + 1 for size in before]
 
 
-@pytest.mark.parametrize("axes", [{"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "context": 2}, {"expert": 4, "tensor": 2}], ids=str
+)
 def test_a_mesh_changes_nothing_and_is_compiled_for_once(axes, greedy):
     mesh = make_mesh(MeshConfig(**{"data": 1} | axes))
     model = placed(ours.model(CASE), mesh)
@@ -141,7 +143,7 @@ def test_a_mesh_changes_nothing_and_is_compiled_for_once(axes, greedy):
 def placed(model, mesh):
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         value = variable[...]
-        variable.set_value(jax.device_put(value, parameter_sharding(value.shape, variable.axes, mesh)))
+        variable.set_value(jax.device_put(value, parameter_sharding(value.shape, variable.axes, mesh, rules=SERVING)))
     return model
 
 

@@ -226,3 +226,13 @@ def test_loops_update_their_result_in_place(dtype, carried):
     assert f"{carried}[{rows},{width}]" in text
     for line in text.splitlines():
         assert not (f"[{rows},{width}]" in line and " copy(" in line), line
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "megablox"])
+def test_columns_may_be_several_dimensions(implementation):
+    x, w, g = operands(40, 3)
+    sizes = jnp.array([11, 0, 25])
+    flat = value_and_grads(x, w, sizes, g, implementation)
+    split = value_and_grads(x, w.reshape(3, WIDTH_IN, 2, -1), sizes, g.reshape(40, 2, -1), implementation)
+    for a, b in zip(split, flat, strict=True):
+        assert relative_error(a.reshape(b.shape), b) < 1e-6

@@ -148,11 +148,20 @@ def test_what_an_elementwise_function_moves_is_its_operands_and_its_result():
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (
+            "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}",
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+        ),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
     ],
 )
 def test_every_notation_of_replica_groups_is_read(text, groups):
     assert hlo.replica_groups(f"channel_id=1, {text}, use_global_device_ids=true", 8).tolist() == groups
+
+
+def test_a_notation_of_replica_groups_that_is_new_is_refused():
+    with pytest.raises(ValueError, match="does not know"):
+        hlo.replica_groups("replica_groups=rings[8], use_global_device_ids=true", 8)
 
 
 def test_groups_lie_along_the_axes_in_which_their_devices_differ():

@@ -34,7 +34,9 @@ def config():
             expert_mlp_dim=16, num_experts=2, nope_interval=1, moe_interval=1, temperature_floor=16,
             context_length=64,
         ),
-        data=DataConfig(sources=(f"text:{{here.parent / 'text.txt'}}",), seq_len=32, batch_size=8, heldout_fraction=0.3),
+        data=DataConfig(
+            sources=(f"text:{{here.parent / 'text.txt'}}",), seq_len=32, batch_size=8, heldout_fraction=0.3
+        ),
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=4),
         scan_layers=False,
         steps={STEPS},

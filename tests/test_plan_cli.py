@@ -1,0 +1,178 @@
+"""`llama4 plan` as a user meets it: figures of small models on real topologies, and errors before compiling."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+
+import pytest
+
+from configs import config_names, load_config
+from llama4_jax import mesh_search, plan
+from llama4_jax.cli import main
+from llama4_jax.mesh_search import Work, estimate, meshes, misfits, nearest, ranked
+from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
+from llama4_jax.model.presets import PRESETS, preset
+from sharding import MeshConfig
+from sharding.chips import topology
+from sharding.hlo import Array
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install libtpu"
+)
+SMALL = ["--model.num-layers", "2", "--context", "256", "--batch", "4"]
+ON_FOUR = ["--topology", "v5e:2x2", "--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.expert", "2"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@needs_libtpu
+def test_a_train_step_is_compiled_and_told(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, _ = run(capsys, "tiny", *ON_FOUR, *SMALL, "--remat", "full", "--json", str(file))
+    figures = json.loads(file.read_text())
+    assert code == 0 and figures["fits"] and "estimated MFU" in out
+
+    model = dataclasses.replace(preset("tiny"), num_layers=2)
+    count = count_parameters(model).total + 2 * model.num_experts  # and the biases of the balancing
+    whole = {name: 4 * size for name, size in figures["arguments"].items()}
+    assert count * 4 <= whole["parameters"] <= 1.1 * count * 4  # what is not worth splitting is on every device
+    assert 2 * count * 4 <= whole["optimizer"] <= 1.1 * 2 * count * 4
+    assert figures["arguments"]["batch"] == 6 * 256 * 4
+    assert figures["model_flops"] == pytest.approx(train_flops_per_token(model, 256) * 4 * 256 / 4)
+    # Recomputing the forward pass makes 4/3; rows of the experts are bounded, and blocks of attention are whole.
+    assert 4 / 3 <= figures["flops"] / figures["model_flops"] <= 2.5
+    kinds = {(sent["kind"], tuple(sent["axes"])) for sent in figures["sent"]}
+    assert ("all-gather", ("fsdp",)) in kinds  # of the experts' weights, which stay split over `expert`
+    assert ("ragged-all-to-all", ("expert",)) in kinds  # of the tokens
+    assert figures["seconds"] == max(figures[f"{name}_seconds"] for name in ("compute", "memory", "network"))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_a_serving_step_is_compiled_in_bfloat16_with_its_cache(capsys, tmp_path, step):
+    file = tmp_path / "plan.json"
+    code, _, _ = run(capsys, "tiny", *ON_FOUR, *SMALL, "--step", step, "--json", str(file))
+    figures, model = json.loads(file.read_text()), dataclasses.replace(preset("tiny"), num_layers=2)
+    assert code == 0
+    slots = sum(min(spec.chunk or 256, 256) for spec in model.layers)
+    cache = 4 * slots * 2 * model.num_kv_heads * model.head_dim * 2
+    assert figures["arguments"]["cache"] == cache / 4 + 4 * 4  # and each row's length
+    assert figures["arguments"]["parameters"] < count_parameters(model).total * 2
+    first = 255 if step == "decode" else 0
+    assert figures["model_flops"] == pytest.approx(forward_flops(model, first=first, last=256, logits=1))
+    assert 1 <= figures["flops"] / figures["model_flops"] < 8
+    if step == "decode":
+        needed = decode_bytes(model, rows=4, context=256, weight_bytes=2, cache_bytes=2)
+        assert figures["model_traffic"] == needed / 4 < figures["traffic"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["scoot_pretrain", "--topology", "v5p:4x4x8"], "no config 'scoot_pretrain'. Did you mean scout_pretrain?"),
+        (["bogus", "--topology", "v5p:4x4x8"], "Models: scout, "),
+        (["scout_pretrain", "--topology", "v5x:4x4x8"], "unknown topology 'v5x:4x4x8': expected .*v5p:4x4x8"),
+        (["scout", "--topology", "v5p:2x2x1", "--mesh.tensor", "8"], "4 devices: the mesh .* needs a multiple of 8"),
+        (
+            ["scout", "--topology", "v5p:4x4x4", "--mesh.tensor", "16", "--mesh.data", "4"],
+            "model.num_heads is 40, which mesh.tensor = 16 does not divide.*num_kv_heads is 8.*Nearest meshes that work: "
+            "--mesh.data 8 --mesh.tensor 8",
+        ),
+        (["maverick", "--topology", "v5p:4x4x8", "--mesh.fsdp", "128", "--mesh.data", "1", "--batch", "96"],
+         "batch_size / grad_accumulation is 96, which mesh.data x mesh.fsdp x mesh.expert = 128"),
+        (["scout", "--topology", "v5p:2x2x2", "--mesh.expert", "3"], "needs a multiple of 3"),
+        (["scout", "--topology", "v5p:2x2x2", "--batch", "0"], "--batch must be at least 1"),
+        (["dense_8b", "--topology", "v5p:2x2x2", "--context", "200000"], "meant for 131072 tokens"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_said_in_words_before_compiling(capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr(plan, "make_plan", lambda *_, **__: pytest.fail("compiled"))
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and not out
+    assert err.splitlines()[-1].startswith("llama4: ")
+    assert re.search(words, err), err
+
+
+def test_of_gpus_there_is_an_estimate_that_says_it_was_not_compiled(capsys):
+    code, out, _ = run(capsys, "scout", "--topology", "h100:4x8", "--step", "decode", "--batch", "32")
+    assert code == 0 and "NOT COMPILED" in out and "32 devices" in out
+
+
+def test_a_search_without_a_compiler_ranks_what_fits_by_formulas(capsys):
+    code, out, _ = run(capsys, "scout", "--topology", "h100:8x8", "--batch", "64", "--search")
+    rows = [line for line in out.splitlines() if line.startswith("--mesh")]
+    assert code == 0 and 1 < len(rows) <= 12
+    assert all(" yes " in row and row.endswith("formulas") for row in rows)
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+
+
+def work(name: str, step="train", rows: int = 128, context: int = 8192) -> Work:
+    options = plan.PlanOptions(name=name, topology="v5p:4x4x8", step=step, batch=rows, context=context)
+    return plan._work(options, [])
+
+
+def test_the_nearest_meshes_work_and_are_nearest():
+    wanted = MeshConfig(data=1, fsdp=8, tensor=16)
+    found = nearest(work("scout"), wanted, 128)
+    assert found[0] == MeshConfig(data=2, fsdp=8, tensor=8) or found[0] == MeshConfig(data=1, fsdp=16, tensor=8)
+    assert all(not misfits(work("scout"), mesh) for mesh in found)
+    assert len(set(found)) == len(found) and wanted not in found
+    assert len(list(meshes(128))) == 330  # ways to deal seven factors of two to five axes
+
+
+def test_estimates_fit_the_closed_counts_and_rank_what_fits_first():
+    here, where = work("scout"), topology("v5p:4x4x8")
+    plan_of = estimate(here, MeshConfig(data=1, fsdp=8, expert=16), where)
+    total = count_parameters(preset("scout")).total
+    assert plan_of.arguments["parameters"] == total * 4 / 128
+    assert plan_of.arguments["optimizer"] == total * 8 / 128
+    assert plan_of.flops / plan_of.model_flops == pytest.approx(4 / 3)
+    order = [p.fits for _, p in ranked(here, where)]
+    assert order == sorted(order, reverse=True) and order[0]
+
+
+def test_operations_of_splash_attention_are_those_of_its_blocks():
+    mask = Array("s8", (1, 4, 2), 0)  # 4 blocks of 256 queries, 2 of 512 keys: 1, 1, 2, 2 are visible
+    q, k = Array("bf16", (3, 8, 1024, 128), 0), Array("bf16", (3, 2, 1024, 128), 0)
+    block = 2 * 256 * 512 * 128
+    assert plan.splash_flops("splash_mha_fwd", [mask, mask, q, k, k], []) == 3 * 8 * 6 * 2 * block
+    dq = Array("bf16", (3, 2, 8, 1024, 128), 0)
+    assert plan.splash_flops("splash_mha_dkv", [mask, mask, q, k, k], [dq]) == 3 * 8 * 6 * 5 * block
+    assert plan.splash_flops("splash_mha_dkv", [mask, mask, q, k, k], [k, k]) == 3 * 8 * 6 * 4 * block
+    assert plan.splash_flops("splash_mha_dq", [mask, mask, q, k, k], [q]) == 3 * 8 * 6 * 3 * block
+    assert plan.splash_flops("gmm", [mask, q, k], []) is None
+
+
+def test_decoding_one_row_reads_the_active_weights_and_the_cache():
+    model = preset("scout")
+    counted, cache = count_parameters(model), 2 * 8 * 128 * 48 * 4096 * 2
+    norms = model.embed_dim * (2 * 48 + 1)
+    embedding = (model.vocab_size - 1) * model.embed_dim  # counted whole among the active, and read for one token
+    active = (counted.active - norms - embedding) * 2
+    assert decode_bytes(model, rows=1, context=4096, weight_bytes=2, cache_bytes=2) == pytest.approx(active + cache)
+    many = decode_bytes(model, rows=4096, context=1, weight_bytes=2, cache_bytes=0)
+    assert many == pytest.approx(
+        (counted.total - norms - model.vocab_size * model.embed_dim + 4096 * 5120) * 2, rel=1e-6
+    )
+
+
+def test_a_piece_of_a_row_costs_what_the_row_costs_more_with_it():
+    model = dataclasses.replace(preset("tiny"), attention_chunk=100)
+    whole = forward_flops(model, first=0, last=384, logits=384)
+    parts = [forward_flops(model, first=a, last=b, logits=b - a) for a, b in ((0, 100), (100, 250), (250, 384))]
+    assert sum(parts) == pytest.approx(whole)
+    assert train_flops_per_token(model, 384) == pytest.approx(3 * whole / 384)
+
+
+def test_configs_are_found_by_name_and_every_model_has_one_way_to_be_named():
+    assert {"tiny", "scout_pretrain"} <= set(config_names())
+    assert load_config("tiny").name == "tiny"
+    with pytest.raises(ValueError, match=r"no config 'tinny'\. Did you mean tiny\?"):
+        load_config("tinny")
+    assert mesh_search.PIECE == 512 and "scout" in PRESETS
