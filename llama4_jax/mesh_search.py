@@ -65,28 +65,28 @@ def flags(mesh: MeshConfig) -> str:
 def misfits(work: Work, mesh: MeshConfig) -> list[str]:
     """What is wrong with a mesh for this step, in words; nothing if it divides all that it splits."""
     model, wrong = work.config.model, []
-
-    def check(what: str, size: int, *axes: str) -> None:
+    split: list[tuple[str, int, tuple[str, ...]]] = [
+        ("model.num_heads", model.num_heads, ("tensor",)),
+        ("model.num_kv_heads", model.num_kv_heads, ("tensor",)),
+        ("model.vocab_size", model.vocab_size, ("tensor",)),
+        ("model.embed_dim", model.embed_dim, ("fsdp",)),
+    ]
+    if any(not spec.moe for spec in model.layers):
+        split += [("model.mlp_dim", model.mlp_dim, ("tensor",))]
+    if any(spec.moe for spec in model.layers):
+        split += [("model.expert_mlp_dim", model.expert_mlp_dim, ("tensor",))]
+        split += [("model.num_experts", model.num_experts, ("expert",))]
+    elif mesh.expert > 1:
+        wrong.append(f"the model has no experts, which mesh.expert = {mesh.expert} could split")
+    if work.step == "train":
+        rows = work.rows // work.config.grad_accumulation
+        split += [("data.batch_size / grad_accumulation", rows, ("data", "fsdp", "expert"))]
+        split += [("data.seq_len", work.context, ("context",))]
+    for what, size, axes in split:
         ways = math.prod(getattr(mesh, axis) for axis in axes)
         if size % ways:
             names = " x ".join(f"mesh.{axis}" for axis in axes)
             wrong.append(f"{what} is {size}, which {names} = {ways} does not divide")
-
-    check("model.num_heads", model.num_heads, "tensor")
-    check("model.num_kv_heads", model.num_kv_heads, "tensor")
-    check("model.vocab_size", model.vocab_size, "tensor")
-    check("model.embed_dim", model.embed_dim, "fsdp")
-    if any(not spec.moe for spec in model.layers):
-        check("model.mlp_dim", model.mlp_dim, "tensor")
-    if any(spec.moe for spec in model.layers):
-        check("model.expert_mlp_dim", model.expert_mlp_dim, "tensor")
-        check("model.num_experts", model.num_experts, "expert")
-    elif mesh.expert > 1:
-        wrong.append(f"the model has no experts, which mesh.expert = {mesh.expert} could split")
-    if work.step == "train":
-        check("data.batch_size / grad_accumulation", work.rows // work.config.grad_accumulation,
-              "data", "fsdp", "expert")  # fmt: skip
-        check("data.seq_len", work.context, "context")
     return wrong
 
 
@@ -129,7 +129,7 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
             size * times,
             seconds=size * times * share / _bandwidth(topology, mesh, axes),
             where="a formula",
-        )  # fmt: skip
+        )
         for kind, axes, times, size in _sent(work, mesh)
         if (ways := math.prod(getattr(mesh, axis) for axis in axes)) > 1
         for share in [(ways - 1) / ways * (2 if kind == "all-reduce" else 1)]

@@ -8,6 +8,7 @@ by `sharding.plan`. For GPUs, whose compiler needs a GPU, there are the formulas
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
@@ -120,15 +121,34 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         lowered, where, mesh, arguments,
         model_flops=work.model_flops / mesh.devices.size,
         model_traffic=work.model_traffic / mesh.devices.size,
-        kernel_flops=splash_flops,
+        kernel_flops=functools.partial(kernel_flops, routed_rows=_routed_rows(work, mesh)),
         notes=[*notes, *_NOTES],
     )  # fmt: skip
 
 
 _NOTES = (
     "attention kernels: whole blocks of the causal mask, counted from their shapes; documents and chunks skip none",
-    "routed experts: the largest number of rows that a round of theirs may hold, and one round a layer",
+    "routed experts: tokens spread evenly over the devices; their buffers have room for more",
 )
+
+
+def _routed_rows(work: Work, mesh: jax.sharding.Mesh) -> float:
+    """Rows of the routed experts on a device in a layer, on average."""
+    parts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    parts *= mesh.shape["context"] if work.step == "train" else 1
+    accumulated = work.config.grad_accumulation if work.step == "train" else 1
+    return work.rows * work.tokens * work.config.model.top_k / parts / accumulated
+
+
+def kernel_flops(
+    name: str, operands: list[Array], results: list[Array], said: float | None, *, routed_rows: float
+) -> float | None:
+    """Operations of the step's kernels. Grouped products say what they would cost if all rows of their buffer were in
+    use: on average `routed_rows` are."""
+    if said is not None and "gmm" in name:
+        rows = [array for array in operands if len(array.shape) == 2][-1].shape[0]
+        return said * min(1.0, routed_rows / rows)
+    return splash_flops(name, operands, results) if said is None else said
 
 
 def splash_flops(name: str, operands: list[Array], results: list[Array]) -> float | None:
@@ -140,13 +160,15 @@ def splash_flops(name: str, operands: list[Array], results: list[Array]) -> floa
     if "splash" not in name:
         return None
     _, rows, width = operands[0].shape
-    q, k = [array for array in operands if len(array.shape) == 4 and array.dtype in ("bf16", "f32")][:2]
+    q, k = [array for array in operands if array.dtype in ("bf16", "f32")][:2]
     *heads, length, dim = q.shape
     seen = k.shape[-2]
     height, across = length // rows, min(seen // width, BLOCK_K)
     ends = [(seen - length + (row + 1) * height - 1) // across + 1 for row in range(rows)]
     blocks = sum(min(width, end) for end in ends)
-    products = 2 if "_fwd" in name else 3 if "_dq" in name else 5 if any(len(r.shape) == 5 for r in results) else 4
+    products = (
+        2 if "_fwd" in name else 3 if "_dq" in name else 5 if any(len(r.shape) > len(q.shape) for r in results) else 4
+    )
     return 2.0 * products * math.prod(heads) * blocks * height * across * dim
 
 

@@ -136,12 +136,17 @@ class Costs:
         self.assumptions += other.assumptions
 
 
-# name of a custom kernel, its operands and results: its operations, where they are known
-KernelFlops = Callable[[str, list[Array], list[Array]], float | None]
+# name of a custom kernel, operands, results, and the operations that it says it has: those that it has, if known
+KernelFlops = Callable[[str, list[Array], list[Array], float | None], float | None]
 
 
-def costs(text: str, kernel_flops: KernelFlops = lambda name, operands, results: None) -> Costs:
-    """What the program of this text costs. `kernel_flops` is asked about kernels that say nothing of themselves.
+def its_word(name: str, operands: list[Array], results: list[Array], said: float | None) -> float | None:
+    """Takes a kernel at its word."""
+    return said
+
+
+def costs(text: str, kernel_flops: KernelFlops = its_word) -> Costs:
+    """What the program of this text costs. `kernel_flops` has the last word on custom kernels.
 
     Raises ValueError if the text is not that of a compiled HLO module.
     """
@@ -428,10 +433,9 @@ class _Walk:
                 total.flops[computation.operands(i)[0].arrays[0].dtype] += _library_matmul_flops(computation, i)
             return
         name = _kernel_name(i)
-        if found := re.search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', i.attributes):
-            flops = float(found[1])
-        else:
-            flops = self.kernel_flops(name, [o.arrays[0] for o in computation.operands(i)], list(i.arrays))
+        found = re.search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', i.attributes)
+        said = float(found[1]) if found else None
+        flops = self.kernel_flops(name, [o.arrays[0] for o in computation.operands(i)], list(i.arrays), said)
         if flops is None:
             total.assumptions[f"a kernel that does not say its operations counts none: {name}"] += 1
         else:
@@ -570,15 +574,13 @@ def convolution_flops(i: Instruction, lhs: Array, rhs: Array) -> float:
     window = re.search(r"window=\{([^}]*)\}", i.attributes)
     window = dict(part.split("=") for part in window[1].split()) if window else {}
     for axis in range(len(inputs) - 2):
-        label = str(axis)
-
-        def of(name: str, default: int, axis=axis) -> int:
-            return int(window[name].split("x")[axis]) if name in window else default
-
-        low = int(window["pad"].split("x")[axis].split("_")[0]) if "pad" in window else 0
+        size, stride, low, lhs_dilate, rhs_dilate = (
+            int(window[name].split("x")[axis].split("_")[0]) if name in window else default
+            for name, default in (("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+        )
         flops *= _window_positions(
-            size=of("size", 1), stride=of("stride", 1), low=low, lhs_dilate=of("lhs_dilate", 1),
-            rhs_dilate=of("rhs_dilate", 1), length=lhs.shape[inputs.index(label)], out=out[outputs.index(label)],
+            size=size, stride=stride, low=low, lhs_dilate=lhs_dilate, rhs_dilate=rhs_dilate,
+            length=lhs.shape[inputs.index(str(axis))], out=out[outputs.index(str(axis))],
         )  # fmt: skip
     return flops
 

@@ -186,14 +186,14 @@ def make_plan(
     *,
     model_flops: float,
     model_traffic: float = 0.0,
-    kernel_flops: hlo.KernelFlops = lambda name, operands, results: None,
+    kernel_flops: hlo.KernelFlops = hlo.its_word,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Compiles the step, and counts.
 
     - arguments: trees of the step's `jax.ShapeDtypeStruct`s with shardings, by category
     - model_flops, model_traffic: what one device must compute in one step, and read
-    - kernel_flops: operations of custom kernels that do not say theirs
+    - kernel_flops: has the last word on the operations of custom kernels
     - notes: assumptions of the caller, to stand with the plan's own
 
     A step that needs more memory than the device has gives a plan that does not fit.

@@ -122,15 +122,17 @@ def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
     """The same for an activation, by the rules and on the mesh in use; all parts are None outside `jax.set_mesh`."""
+    return _spec_in_use(shape, axes, _current.get().activations)
+
+
+def _spec_in_use(shape: tuple[int, ...], axes: Axes, table: Table) -> PartitionSpec:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return PartitionSpec(*[None] * len(axes))
-    return spec(shape, axes, _current.get().activations, mesh)
+    return PartitionSpec(*[None] * len(axes)) if mesh.empty else spec(shape, axes, table, mesh)
 
 
 def parameter_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
-    """Where a parameter lives, by the rules and on the mesh in use."""
-    return spec(shape, axes, _current.get().parameters, jax.sharding.get_abstract_mesh())
+    """Where a parameter lives, by the rules and on the mesh in use; all parts are None outside `jax.set_mesh`."""
+    return _spec_in_use(shape, axes, _current.get().parameters)
 
 
 def for_use(w: jax.Array, dtype, *axes: str | None) -> jax.Array:

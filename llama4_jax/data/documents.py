@@ -6,16 +6,18 @@ fraction holds out what a smaller one did, and more.
 """
 
 import abc
+import fnmatch
 import glob
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int, UInt64
 
+from llama4_jax.atomic import in_bucket
 from llama4_jax.inputs.messages import Message, Picture, Tool
 
 
@@ -89,12 +91,14 @@ def hash64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def find_files(pattern: str, inside: str) -> tuple[list[Path], list[str]]:
+def find_files(pattern: str, inside: str) -> tuple[list[epath.Path], list[str]]:
     """The files of a path, sorted, and their names relative to where the search began.
 
-    The path may be a file, a glob (`**` for any depth), or a directory, of which all files named `inside` (a glob) at
-    any depth are taken. Hidden files are left out. Raises FileNotFoundError if that leaves none.
+    The path may be a file, a glob (`**` for any depth, but not in a bucket), or a directory, of which all files named
+    `inside` (a glob) at any depth are taken. Hidden files are left out. Raises FileNotFoundError if that leaves none.
     """
+    if in_bucket(pattern):
+        return _find_in_bucket(epath.Path(pattern), inside)
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
         root, found = path, glob.glob(os.path.join(glob.escape(path), "**", inside), recursive=True)
@@ -105,11 +109,31 @@ def find_files(pattern: str, inside: str) -> tuple[list[Path], list[str]]:
         while glob.has_magic(root):
             root = os.path.dirname(root)
         found = glob.glob(path, recursive=True)
-    names = {Path(os.path.relpath(file, root or ".")).as_posix(): Path(file) for file in found if os.path.isfile(file)}
+    names = {os.path.relpath(file, root or "."): epath.Path(file) for file in found if os.path.isfile(file)}
     if not names:
         raise FileNotFoundError(
-            f"data.sources: {pattern} matches no file (searched from {Path(root or '.').resolve()})."
+            f"data.sources: {pattern} matches no file (searched from {os.path.realpath(root or '.')})."
         )
+    return [names[name] for name in sorted(names)], sorted(names)
+
+
+def _find_in_bucket(path: epath.Path, inside: str) -> tuple[list[epath.Path], list[str]]:
+    if glob.has_magic(os.fspath(path)):
+        root = path.parent
+        while glob.has_magic(os.fspath(root)):
+            root = root.parent
+        if "**" in path.parts:
+            raise ValueError(f"data.sources: {path}: there is no ** in a bucket. Name the directory {root} instead.")
+        found = list(root.glob(path.relative_to(root).as_posix()))
+    elif path.is_dir():
+        root = path
+        found = [folder / name for folder, _, names in path.walk() for name in names if fnmatch.fnmatch(name, inside)]
+    else:
+        root, found = path.parent, [path] if path.exists() else []
+    names = {file.relative_to(root).as_posix(): file for file in found}
+    names = {name: file for name, file in names.items() if not any(part[0] == "." for part in name.split("/"))}
+    if not names:
+        raise FileNotFoundError(f"data.sources: {path} matches no file.")
     return [names[name] for name in sorted(names)], sorted(names)
 
 

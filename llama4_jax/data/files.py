@@ -5,6 +5,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from etils import epath
+
 from llama4_jax.data.documents import Documents, empty_error, find_files, hash64
 
 # Not prose or code worth learning: tests, other people's packages, and 120 character tables that are near copies of
@@ -15,8 +17,8 @@ _SKIPPED = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-pack
 class FileDocuments(Documents):
     """Whole files, as UTF-8; bytes that are not become U+FFFD. The split is by name. Empty files are left out."""
 
-    def __init__(self, spec: str, paths: Sequence[Path], names: Sequence[str]):
-        sizes = [path.stat().st_size for path in paths]
+    def __init__(self, spec: str, paths: Sequence[epath.Path], names: Sequence[str]):
+        sizes = [path.stat().length for path in paths]
         kept = [i for i, size in enumerate(sizes) if size]
         if not kept:
             raise empty_error(spec)
@@ -42,4 +44,4 @@ def standard_library() -> FileDocuments:
     if not names:
         raise FileNotFoundError(f"data.sources: stdlib finds no .py file in {root}. Name another source.")
     names.sort()
-    return FileDocuments("stdlib", [root / name for name in names], names)
+    return FileDocuments("stdlib", [epath.Path(root / name) for name in names], names)

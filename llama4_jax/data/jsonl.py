@@ -2,9 +2,9 @@
 
 import json
 from array import array
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from llama4_jax.data.documents import Document, Documents, empty_error, find_files, hash64
 from llama4_jax.data.rows import RowReader
@@ -38,13 +38,13 @@ class JsonlDocuments(Documents):
         super().__init__(np.array(hashes, np.uint64), sizes=self._lengths)
 
     def __getitem__(self, index: int) -> Document:
-        path: Path = self._paths[self._files[index]]
+        path = self._paths[self._files[index]]
         with path.open("rb") as file:
             file.seek(self._starts[index])
             line = file.read(self._lengths[index])
         return self._read(line, path, f"at byte {self._starts[index]}")
 
-    def _read(self, line: bytes, path: Path, place: str) -> Document:
+    def _read(self, line: bytes, path: epath.Path, place: str) -> Document:
         where, field = f"{path}, {place}", self._rows.field
         try:
             row = json.loads(line)

@@ -9,7 +9,9 @@ import functools
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
 
+from llama4_jax.atomic import in_bucket
 from llama4_jax.data.documents import Document, Documents, empty_error, find_files, hash64
 from llama4_jax.data.rows import RowReader
 
@@ -32,7 +34,7 @@ class ParquetDocuments(Documents):
         hashes, sizes, largest = [], [], 1
         for number, (path, name) in enumerate(zip(self._paths, names, strict=True)):
             try:
-                file = pq.ParquetFile(path)
+                file = _open(path)
             except pa.ArrowInvalid as error:
                 raise ValueError(f"{path} is no Parquet file, or damaged: {error}.") from error
             with file:
@@ -65,9 +67,14 @@ class ParquetDocuments(Documents):
 
     def _read_group(self, group: int) -> pa.Table:
         number, group_in_file = self._groups[group]
-        with pq.ParquetFile(self._paths[number]) as file:
+        with _open(self._paths[number]) as file:
             names = [name for name in (self._rows.field, *self._rows.optional) if name in file.schema_arrow.names]
             return file.read_row_group(group_in_file, columns=names)
+
+
+def _open(path: epath.Path) -> pq.ParquetFile:
+    """Whose file is closed with it."""
+    return pq.ParquetFile(pa.PythonFile(path.open("rb"), "r") if in_bucket(path) else path)
 
 
 def _check_column(file: pq.ParquetFile, column: str, path: str, *, strings: bool) -> int | None:

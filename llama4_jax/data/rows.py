@@ -13,9 +13,11 @@ first. This is the one place where such text is more than text: the row's author
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from llama4_jax.data.documents import Conversation, Document, Illustrated
 from llama4_jax.inputs.messages import Message, Picture, read_messages, read_tools
@@ -33,11 +35,11 @@ class RowReader(NamedTuple):
 
     field: str
     optional: tuple[str, ...]
-    read: Callable[[dict[str, Any], str, Path], Document]
+    read: Callable[[dict[str, Any], str, epath.Path], Document]
 
 
 def text_rows(field: str) -> RowReader:
-    def read(row: dict[str, Any], where: str, folder: Path) -> str:
+    def read(row: dict[str, Any], where: str, folder: epath.Path) -> str:
         if not isinstance(row[field], str):
             raise ValueError(f"{where}: the field {field!r} should be a string, and is {row[field]!r:.40}.")
         return row[field]
@@ -53,7 +55,7 @@ def picture_rows(field: str) -> RowReader:
     return RowReader(field, ("image", "images"), functools.partial(_read_pictures, field))
 
 
-def _read_chat(field: str, row: dict[str, Any], where: str, folder: Path) -> Conversation:
+def _read_chat(field: str, row: dict[str, Any], where: str, folder: epath.Path) -> Conversation:
     messages = read_messages(_loaded(row[field], f"{where}, {field}"), where=f"{where}, {field}")
     tools = read_tools(_loaded(row.get("tools") or [], f"{where}, tools"), where=f"{where}, tools")
     places = [part for message in messages for part in message.content if isinstance(part, Picture)]
@@ -67,7 +69,7 @@ def _read_chat(field: str, row: dict[str, Any], where: str, folder: Path) -> Con
     return Conversation(tuple(map(filled, messages)), tools, where)
 
 
-def _read_pictures(field: str, row: dict[str, Any], where: str, folder: Path) -> Illustrated:
+def _read_pictures(field: str, row: dict[str, Any], where: str, folder: epath.Path) -> Illustrated:
     if not isinstance(row[field], str):
         raise ValueError(f"{where}: the field {field!r} should be a string, and is {row[field]!r:.40}.")
     texts = row[field].split(IMAGE)
@@ -81,7 +83,7 @@ def _read_pictures(field: str, row: dict[str, Any], where: str, folder: Path) ->
     return Illustrated(tuple(part for part in content if part != ""), where)
 
 
-def _pictures(row: dict[str, Any], where: str, folder: Path, places: list[Any]) -> list[Picture]:
+def _pictures(row: dict[str, Any], where: str, folder: epath.Path, places: list[Any]) -> list[Picture]:
     """A picture for each place: its own, or, where that is None, the next of the row's."""
     given = _given(row, where)
     free = sum(source is None for source in places)
@@ -101,12 +103,12 @@ def _given(row: dict[str, Any], where: str) -> list[Any]:
     return ([] if single is None else [single]) + (several or [])
 
 
-def _found(source: Any, where: str, folder: Path) -> Path | bytes:
+def _found(source: Any, where: str, folder: epath.Path) -> epath.Path | bytes:
     if isinstance(source, dict):  # {"bytes": …, "path": …}
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):
         return source
-    if not isinstance(source, str | Path) or not str(source):
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise ValueError(f"{where}: a picture should be a path or bytes, and is {source!r:.40}.")
     path = folder / source
     if not path.is_file():

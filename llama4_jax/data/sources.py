@@ -14,14 +14,15 @@ With pictures, for models that read them (`rows` says what a row may be):
     digits                    handwritten digits on pages of print, and which digit it is
     digit-pairs               two of them, and which is larger
 
-PATH is a file, a directory or a glob.
+PATH is a file, a directory or a glob, on a disk or in a bucket (gs://…).
 """
 
 import difflib
-from pathlib import Path
 from typing import NamedTuple
 
-from llama4_jax.data.documents import Documents
+from etils import epath
+
+from llama4_jax.data.documents import Documents, find_files
 from llama4_jax.data.rows import RowReader, chat_rows, picture_rows, text_rows
 
 _FORMS = {
@@ -109,5 +110,11 @@ def _open_rows(spec: str, path: str, rows: RowReader, *, parquet: bool) -> Docum
 
 
 def _only_parquet(path: str) -> bool:
-    folder = Path(path).expanduser()
-    return folder.is_dir() and not any(folder.rglob("*.jsonl")) and any(folder.rglob("*.parquet"))
+    return epath.Path(path).expanduser().is_dir() and not _holds(path, "*.jsonl") and _holds(path, "*.parquet")
+
+
+def _holds(folder: str, inside: str) -> bool:
+    try:
+        return bool(find_files(folder, inside)[0])
+    except FileNotFoundError:
+        return False

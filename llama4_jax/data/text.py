@@ -4,9 +4,13 @@ One document would be of no use: it could not be split, shuffled or dealt to row
 empty line where there is one near, else at a line, else at a space, else between two characters.
 """
 
+import contextlib
 import mmap
-from pathlib import Path
+from collections.abc import Iterator
 
+from etils import epath
+
+from llama4_jax.atomic import in_bucket
 from llama4_jax.data.documents import Documents, empty_error, find_files, hash64
 
 _PIECE = 16_384  # bytes: long enough to learn from, short enough that a megabyte has both splits
@@ -20,12 +24,12 @@ class TextDocuments(Documents):
 
     def __init__(self, pattern: str):
         paths, _ = find_files(pattern, "*.txt")
-        self._pieces: list[tuple[Path, int, int]] = []
+        self._pieces: list[tuple[epath.Path, int, int]] = []
         hashes = []
         for path in paths:
-            if path.stat().st_size == 0:
+            if path.stat().length == 0:
                 continue
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            with _content(path) as content:
                 start = 0
                 while start < len(content):
                     stop = _cut(content, start)
@@ -43,7 +47,16 @@ class TextDocuments(Documents):
             return file.read(length).decode("utf-8", errors="replace")
 
 
-def _cut(content: mmap.mmap, start: int) -> int:
+@contextlib.contextmanager
+def _content(path: epath.Path) -> Iterator[mmap.mmap | bytes]:
+    if in_bucket(path):
+        yield path.read_bytes()
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
+
+
+def _cut(content: mmap.mmap | bytes, start: int) -> int:
     """Where the piece that begins at `start` ends."""
     stop = start + _PIECE
     if stop >= len(content):

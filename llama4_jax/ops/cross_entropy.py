@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_jax.ops.on_mesh import on_mesh
 from sharding import activation_spec, axes_of, gathered, own_part, parameter_spec
 
 # Default size of a piece, a device: with fewer tokens, adding to the head's gradient costs more than the products do;
@@ -75,7 +76,7 @@ def _nll(logits: Float[Array, "... V"], index: Int[Array, "..."], vocab_axes: tu
 
 
 class _Places(NamedTuple):
-    """Where things are on the mesh in use; without one, nothing is split."""
+    """Where things are on the mesh in use."""
 
     tokens: PartitionSpec  # [B, T]
     head: PartitionSpec
@@ -92,16 +93,8 @@ class _Places(NamedTuple):
     def vocab_axes(self) -> tuple[str, ...]:
         return axes_of(self.head[1])
 
-    def map(self, on_device, in_specs, out_specs):
-        """In `shard_map`, where there is a mesh."""
-        if jax.sharding.get_abstract_mesh().empty:
-            return on_device
-        return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
 
 def _places(targets: Int[Array, "B T"], head: Float[Array, "D V"]) -> _Places:
-    if jax.sharding.get_abstract_mesh().empty:
-        return _Places(PartitionSpec(None, None), PartitionSpec(None, None))
     return _Places(activation_spec(targets.shape, "rows", "seq"), parameter_spec(head.shape, "embed", "vocab"))
 
 
@@ -142,7 +135,7 @@ def token_scores(
         return TokenScores(*(_join(x, targets.shape[1]) for x in scores))
 
     in_specs = (PartitionSpec(*places.tokens, None), places.head, places.tokens)
-    return places.map(on_device, in_specs, TokenScores(places.tokens, places.tokens))(hidden, head, targets)
+    return on_mesh(on_device, in_specs, TokenScores(places.tokens, places.tokens))(hidden, head, targets)
 
 
 def _is_likeliest(
@@ -200,7 +193,7 @@ def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype)
 
     hidden_spec = PartitionSpec(*places.tokens, None)
     in_specs = (hidden_spec, places.head, places.tokens, places.tokens)
-    mapped = places.map(on_device, in_specs, (places.tokens, hidden_spec, places.head))
+    mapped = on_mesh(on_device, in_specs, (places.tokens, hidden_spec, places.head))
     nll, d_hidden, d_head = mapped(hidden, head, targets, weights)
     # The empty slice carries the head's dtype to the backward pass.
     return (nll * weights).sum(), (d_hidden, d_head, nll, head[:0])

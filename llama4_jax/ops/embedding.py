@@ -6,12 +6,12 @@ are exchanged for all columns of its own tokens. Of a table that is split by row
 have and add it up. The gradient goes the same way back.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llama4_jax.ops.on_mesh import on_mesh
 from sharding import activation_spec, axes_of, parameter_spec
 
 AXES = ("vocab", "embed")
@@ -19,9 +19,6 @@ AXES = ("vocab", "embed")
 
 def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
     """The row of each token, in `dtype`. Its gradient in the table is summed in the table's dtype."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return table[tokens].astype(dtype)
     home = parameter_spec(table.shape, *AXES)
     here = activation_spec(tokens.shape, "batch", "seq")
     row_axes, column_axes = axes_of(home[0]), axes_of(home[1])
@@ -43,10 +40,8 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype) -> Floa
             x = lax.all_to_all(x, shared, split_axis=0, concat_axis=1, tiled=True)
         else:
             x = lax.all_gather(x, column_axes, axis=1, tiled=True) if column_axes else x
-            first = lax.axis_index(shared) * tokens.size if shared else 0
-            x = lax.dynamic_slice_in_dim(x, first, tokens.size)
+            if shared:
+                x = lax.dynamic_slice_in_dim(x, lax.axis_index(shared) * tokens.size, tokens.size)
         return x.reshape(*tokens.shape, -1)
 
-    return jax.shard_map(
-        on_device, in_specs=(home, here), out_specs=PartitionSpec(*here, None), check_vma=False
-    )(table, tokens)  # fmt: skip
+    return on_mesh(on_device, (home, here), PartitionSpec(*here, None))(table, tokens)

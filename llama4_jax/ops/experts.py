@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.exchange import exchange
 from llama4_jax.ops.grouped_matmul import grouped_matmul
+from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.swiglu import swiglu
 from sharding import activation_spec, axes_of, gathered, parameter_spec, ways
 
@@ -53,12 +54,6 @@ def experts(
 
     Raises ValueError for an unknown implementation or transport.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        rows, expert, gate = (rearrange(y, "B T n -> (B T) n") for y in (x, expert, gate))
-        weights = ExpertWeights(*(w.astype(x.dtype) for w in weights))
-        return _local(rows, expert, gate, weights, implementation).reshape(x.shape)
-
     tokens = activation_spec(x.shape, "rows", "seq", "embed")
     choices = PartitionSpec(*tokens[:2], None)
     parts = ExpertWeights(
@@ -86,10 +81,7 @@ def experts(
             y, summed = _local(rows, expert, gate, own, implementation), (*expert_axes, *width_axes)
         return (lax.psum(y, summed) if summed else y).reshape(x.shape)
 
-    mapped = jax.shard_map(
-        on_device, in_specs=(tokens, choices, choices, parts), out_specs=tokens, check_vma=False
-    )  # fmt: skip
-    return mapped(x, expert, gate, weights)
+    return on_mesh(on_device, (tokens, choices, choices, parts), tokens)(x, expert, gate, weights)
 
 
 def _local(rows, expert, gate, weights: ExpertWeights, implementation: str) -> Float[Array, "tokens D"]:

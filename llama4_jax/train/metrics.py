@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llama4_jax.atomic import write_atomically
+from llama4_jax.atomic import in_bucket, write_atomically
 from llama4_jax.train import hosts
 from llama4_jax.train.step import StepMetrics
 
@@ -80,13 +79,13 @@ class Log:
     Of several processes the first one does; in the others it is silent.
     """
 
-    def __init__(self, run: epath.Path, *, first_step: int, steps: int):
-        leads = hosts.index() == 0
+    def __init__(self, run: epath.PathLike, *, first_step: int, steps: int):
+        run, leads = epath.Path(run), hosts.index() == 0
         self._file = None
         if leads:
             path = run / "metrics.jsonl"
             _forget_after(path, first_step)
-            self._file = _RemoteLines(path) if "://" in os.fspath(path) else path.open("a")
+            self._file = _LinesInBucket(path) if in_bucket(path) else path.open("a")
         self._board = None
         self._board_directory = run / "tensorboard"
         self.console = Console(highlight=False, soft_wrap=True, quiet=not leads)
@@ -108,7 +107,7 @@ class Log:
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **{k: _json_number(v) for k, v in values.items()}}) + "\n")
-        if not isinstance(self._file, _RemoteLines):
+        if not isinstance(self._file, _LinesInBucket):
             self._file.flush()
         if self._board is None:
             from tensorboardX import SummaryWriter  # heavy, and not needed before the first figure
@@ -148,7 +147,7 @@ def _json_number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class _RemoteLines:
+class _LinesInBucket:
     """A file of lines in a bucket, where nothing can be appended: it is written anew, not oftener than every minute."""
 
     def __init__(self, path: epath.Path):

@@ -9,7 +9,6 @@ checkpoint that could be taken for a whole one. Each process writes what its dev
 whichever processes wrote it; all of them must see the same directory.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+
+from llama4_jax.atomic import in_bucket
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
 
@@ -60,7 +61,8 @@ class Checkpoints:
     def __init__(
         self, run: epath.PathLike, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False
     ):
-        self.directory = epath.Path(run).resolve() / "checkpoints"
+        run = epath.Path(run)
+        self.directory = (run if in_bucket(run) else run.resolve()) / "checkpoints"
         self._say, self._read_only = say, read_only
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
@@ -109,7 +111,7 @@ class Checkpoints:
         except Exception as error:
             kept = ", ".join(str(s) for s in self.steps() if s != step) or "none"
             room = ""
-            if "://" not in os.fspath(self.directory):
+            if not in_bucket(self.directory):
                 room = f" ({shutil.disk_usage(self.directory).free / 2**20:,.0f} MiB are free there)"
             raise OSError(
                 f"a checkpoint could not be written to {self.directory}{room}: {error}\n"

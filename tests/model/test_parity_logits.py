@@ -54,8 +54,8 @@ def test_every_layer_leaves_the_residual_stream_as_hugging_face_does_and_chooses
         for i, layer in enumerate(model.decoder.layers()):
             if layer.spec.moe:
                 middle = x + layer.attention(layer.attention_norm(x), place)[0]
-                rows = layer.mlp_norm(middle).reshape(-1, case.embed)
-                chosen[i] = layer.moe.choose(layer.moe.router(rows))[0]
+                expert, _ = layer.moe.choose(layer.moe.router(layer.mlp_norm(middle)))
+                chosen[i] = expert.reshape(-1, case.top_k)
             x = layer(x, place, None)[0]
             streams.append(x)
         return streams, chosen

@@ -271,7 +271,7 @@ def test_a_kernel_that_says_its_operations_is_taken_at_its_word_and_another_is_a
     assert hlo.costs(head + call + said).flops == {"kernel": 4096}
 
     silent = 'metadata={op_name="jit(f)/my_kernel"}\n}\n'
-    asked = hlo.costs(head + call + silent, lambda name, operands, results: 5.0 * operands[0].shape[0])
+    asked = hlo.costs(head + call + silent, lambda name, operands, results, said: 5.0 * operands[0].shape[0])
     assert asked.flops == {"kernel": 40} and not asked.assumptions
     unknown = hlo.costs(head + call + silent)
     assert unknown.total_flops == 0 and any("my_kernel" in line for line in unknown.assumptions)

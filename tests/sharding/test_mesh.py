@@ -2,13 +2,11 @@
 
 import importlib.util
 import os
-from types import SimpleNamespace
 
 import jax
 import pytest
 from jax.experimental import topologies
 
-import sharding.mesh
 from sharding import MeshConfig, make_mesh
 
 
@@ -41,11 +39,19 @@ def test_a_slice_too_small_for_the_other_axes_is_an_error_in_words(two_slices):
         make_mesh(MeshConfig(data=1, fsdp=16), two_slices)
 
 
+class _GPU:
+    """JAX needs to know no more of a device to put it into a mesh."""
+
+    platform = device_kind = "gpu"
+
+    def __init__(self, number: int):
+        self.id, self.process_index, self.slice_index = number, number, number // 4
+
+
 @pytest.mark.parametrize(("config", "hosts"), [(MeshConfig(fsdp=4), 1), (MeshConfig(data=1, fsdp=-1), 2)])
-def test_on_hosts_with_gpus_a_copy_stays_on_one_as_far_as_it_fits(monkeypatch, config, hosts):
-    gpus = [SimpleNamespace(id=i, slice_index=i // 4, platform="gpu") for i in range(8)]
-    monkeypatch.setattr(sharding.mesh, "Mesh", lambda devices, axes, axis_types: devices)
-    for copy in make_mesh(config, gpus[::-1]).reshape(-1, 4 * hosts):
+def test_on_hosts_with_gpus_a_copy_stays_on_one_as_far_as_it_fits(config, hosts):
+    mesh = make_mesh(config, [_GPU(number) for number in reversed(range(8))])
+    for copy in mesh.devices.reshape(-1, 4 * hosts):
         assert [gpu.id for gpu in copy] == sorted(gpu.id for gpu in copy)
         assert len({gpu.slice_index for gpu in copy}) == hosts
 

@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import os
 
-import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
@@ -93,4 +92,3 @@ def test_the_first_rows_belong_to_the_process_that_holds_them_whatever_its_numbe
     mesh = Mesh(devices, ("data", "fsdp", "expert", "tensor", "context"))
     rows = Rows(mesh, 8, 1)
     assert (rows.share, rows.shares, str(rows)) == (0, 2, "0 to 3")
-    assert jax.process_index() == 0

@@ -21,10 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from llama4_jax.inputs.tokenizer import load_tokenizer
 from llama4_jax.model import attention as attention_module
+from llama4_jax.model import cache as cache_module
+from llama4_jax.model import moe as moe_module
 from llama4_jax.model.config import ModelConfig
-from llama4_jax.model.layers import swiglu
-from llama4_jax.model.moe import MoE, combine, dispatch
+from llama4_jax.model.moe import MoE
+from llama4_jax.ops.experts import combine, dispatch, sort_by_expert
 from llama4_jax.ops.grouped_matmul import grouped_matmul
+from llama4_jax.ops.swiglu import swiglu
 from llama4_jax.weights.parity import ParityOptions, Report, run
 from llama4_jax.weights.parity.options import boundaries, default_length
 from llama4_jax.weights.parity.ours import Ours
@@ -313,14 +316,14 @@ def test_inverted_chunks_are_named(checkpoint, monkeypatch):
 
 
 def test_a_router_after_the_experts_is_named(checkpoint, monkeypatch):
-    def gate_after(self, rows, routing):
-        x = dispatch(rows, routing.token, routing.sorted_at)
-        gate_up = jnp.moveaxis(self.gate_up[...], 2, 1)  # E 2 D F
-        halves = [grouped_matmul(x, gate_up[:, half], routing.group_sizes) for half in (0, 1)]
-        y = grouped_matmul(swiglu(jnp.stack(halves, axis=-2)), self.down[...], routing.group_sizes)
-        return combine(y * routing.gate[:, None], routing.token, routing.sorted_at)
+    def gate_after(x, expert, gate, weights):
+        rows, expert, gate = (y.reshape(-1, y.shape[-1]) for y in (x, expert, gate))
+        routing = sort_by_expert(expert, gate, len(weights.down))
+        y = grouped_matmul(dispatch(rows, routing), weights.gate_up, routing.group_sizes)
+        y = grouped_matmul(swiglu(y), weights.down, routing.group_sizes)
+        return combine(y * routing.gate[:, None], routing).reshape(x.shape)
 
-    monkeypatch.setattr(MoE, "experts", gate_after)
+    monkeypatch.setattr(moe_module, "experts", gate_after)
     report = compare(checkpoint(dataclasses.replace(MAVERICK, layers=2)))  # the first is dense
     words = (
         "ours computes with the router's gate after the experts, the reference with the router's gate before",
@@ -361,13 +364,13 @@ def test_halves_of_the_experts_matrix_that_are_swapped_are_named(checkpoint, tmp
 
 
 def test_a_cache_that_forgets_shows_in_decoding_alone(checkpoint, monkeypatch):
-    right = attention_module.extend
+    right = cache_module.extend
 
-    def forgetful(cache, k, v, step, chunk):
-        new, seen = right(cache, k, v, step, chunk)
+    def forgetful(*arguments):
+        new, seen = right(*arguments)
         return new, seen._replace(positions=jnp.where(seen.positions == 40, -1, seen.positions))
 
-    monkeypatch.setattr(attention_module, "extend", forgetful)
+    monkeypatch.setattr(cache_module, "extend", forgetful)
     report = run(ParityOptions(path=checkpoint(TWO)))
     assert not report.passed and all(layer.alone.max < ROUNDING for layer in report.layers)
     assert report.failures[0].startswith("decoding in layer 0: ")
