@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     """The command. Raises ValueError for what cannot be planned."""
     options, rest = tyro.cli(PlanOptions, args=arguments, prog="llama4 plan", return_unknown_args=True)
     where = topology(options.topology)
-    work = _work(options, rest)
+    work = work_of(options, rest)
     chosen = any(argument.startswith("--mesh.") for argument in rest)
     if options.search:
         return _search(work, where)
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _work(options: PlanOptions, rest: list[str]) -> Work:
+def work_of(options: PlanOptions, rest: list[str]) -> Work:
     """The step that the options name. Raises ValueError if there is no such config or model."""
     if options.name in PRESETS and options.name not in config_names():
         data = DataConfig(sources=("jsonl:data/*.jsonl",), tokenizer="bytes", seq_len=_CONTEXT, batch_size=_ROWS)
@@ -146,7 +146,7 @@ def kernel_flops(
     """Operations of the step's kernels. Grouped products say what they would cost if all rows of their buffer were in
     use: on average `routed_rows` are."""
     if said is not None and "gmm" in name:
-        rows = [array for array in operands if len(array.shape) == 2][-1].shape[0]
+        rows = [array for array in operands if len(array.shape) == 2 and array.dtype[0] in "bf"][-1].shape[0]
         return said * min(1.0, routed_rows / rows)
     return splash_flops(name, operands, results) if said is None else said
 
@@ -166,9 +166,8 @@ def splash_flops(name: str, operands: list[Array], results: list[Array]) -> floa
     height, across = length // rows, min(seen // width, BLOCK_K)
     ends = [(seen - length + (row + 1) * height - 1) // across + 1 for row in range(rows)]
     blocks = sum(min(width, end) for end in ends)
-    products = (
-        2 if "_fwd" in name else 3 if "_dq" in name else 5 if any(len(r.shape) > len(q.shape) for r in results) else 4
-    )
+    in_one = any(len(array.shape) > len(q.shape) for array in results)  # q's gradient in parts, one a block of keys
+    products = 2 if "_fwd" in name else 3 if "_dq" in name else 5 if in_one else 4
     return 2.0 * products * math.prod(heads) * blocks * height * across * dim
 
 

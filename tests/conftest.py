@@ -7,7 +7,8 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")
+# On another platform some tests say more: JAX_PLATFORMS=cuda pytest tests/ops/test_gpu_kernels.py
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Subprocess tests start the command line as a user would; keep their thread pools from fighting for four cores.

@@ -15,7 +15,7 @@ ALLOWED = {
     "llama4_jax/inputs": {"llama4_jax/atomic.py"},
     "llama4_jax/ops": {"sharding"},
     "llama4_jax/model": {"sharding", "llama4_jax/ops"},
-    "llama4_jax/data": {"llama4_jax/inputs"},
+    "llama4_jax/data": {"llama4_jax/inputs", "llama4_jax/atomic.py"},
     "llama4_jax/weights": {
         "sharding", "llama4_jax/ops", "llama4_jax/model", "llama4_jax/inputs", "llama4_jax/config.py",
         "llama4_jax/atomic.py",

@@ -10,9 +10,10 @@ import pytest
 from configs import config_names, load_config
 from llama4_jax import mesh_search, plan
 from llama4_jax.cli import main
+from llama4_jax.infer import generate
 from llama4_jax.mesh_search import Work, estimate, meshes, misfits, nearest, ranked
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
-from llama4_jax.model.presets import PRESETS, preset
+from llama4_jax.model.presets import preset
 from sharding import MeshConfig
 from sharding.chips import topology
 from sharding.hlo import Array
@@ -114,7 +115,7 @@ def test_a_search_without_a_compiler_ranks_what_fits_by_formulas(capsys):
 
 def work(name: str, step="train", rows: int = 128, context: int = 8192) -> Work:
     options = plan.PlanOptions(name=name, topology="v5p:4x4x8", step=step, batch=rows, context=context)
-    return plan._work(options, [])
+    return plan.work_of(options, [])
 
 
 def test_the_nearest_meshes_work_and_are_nearest():
@@ -176,4 +177,4 @@ def test_configs_are_found_by_name_and_every_model_has_one_way_to_be_named():
     assert load_config("tiny").name == "tiny"
     with pytest.raises(ValueError, match=r"no config 'tinny'\. Did you mean tiny\?"):
         load_config("tinny")
-    assert mesh_search.PIECE == 512 and "scout" in PRESETS
+    assert mesh_search.PIECE == generate._PIECE  # the step that is planned is the one that runs
