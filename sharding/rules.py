@@ -179,7 +179,7 @@ def mesh_axes(*names: str) -> tuple[str, ...]:
 def ways(axes: tuple[str, ...]) -> int:
     """Into how many parts these axes of the mesh in use split an array."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in axes)
+    return math.prod(mesh.shape[axis] for axis in axes) if axes else 1
 
 
 def parameter_sharding(

@@ -10,7 +10,7 @@ import fnmatch
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -127,7 +127,7 @@ def _find_in_bucket(path: epath.Path, inside: str) -> tuple[list[epath.Path], li
         found = list(root.glob(path.relative_to(root).as_posix()))
     elif path.is_dir():
         root = path
-        found = [folder / name for folder, _, names in path.walk() for name in names if fnmatch.fnmatch(name, inside)]
+        found = [file for file in _files_under(path) if fnmatch.fnmatch(file.name, inside)]
     else:
         root, found = path.parent, [path] if path.exists() else []
     names = {file.relative_to(root).as_posix(): file for file in found}
@@ -135,6 +135,14 @@ def _find_in_bucket(path: epath.Path, inside: str) -> tuple[list[epath.Path], li
     if not names:
         raise FileNotFoundError(f"data.sources: {path} matches no file.")
     return [names[name] for name in sorted(names)], sorted(names)
+
+
+def _files_under(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():  # epath's own walk gives names without their bucket
+        if path.is_dir():
+            yield from _files_under(path)
+        else:
+            yield path
 
 
 def empty_error(spec: str) -> ValueError:

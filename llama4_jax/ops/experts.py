@@ -11,6 +11,7 @@ On a mesh everything here runs in `shard_map`, so that every collective is writt
 Dropless: sorted by expert and multiplied in groups, every choice of every token is computed, on whatever mesh.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -22,14 +23,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.exchange import exchange
-from llama4_jax.ops.grouped_matmul import grouped_matmul
+from llama4_jax.ops.grouped_matmul import KERNELS, choose, grouped_matmul
 from llama4_jax.ops.on_mesh import on_mesh
-from llama4_jax.ops.swiglu import swiglu
+from llama4_jax.ops.swiglu import swiglu, swiglu_flat
 from sharding import activation_spec, axes_of, gathered, parameter_spec, ways
 
 
 class ExpertWeights(NamedTuple):
-    gate_up: Float[Array, "E D 2 F"]
+    gate_up: Float[Array, "E D 2 F"] | Float[Array, "E D FF"]  # the halves apart, or side by side for a kernel
     down: Float[Array, "E F D"]
 
 
@@ -56,6 +57,8 @@ def experts(
     """
     tokens = activation_spec(x.shape, "rows", "seq", "embed")
     choices = PartitionSpec(*tokens[:2], None)
+    if implementation == "auto":
+        implementation = choose(math.prod(expert.shape) // ways((*axes_of(tokens[0]), *axes_of(tokens[1]))))
     parts = ExpertWeights(
         parameter_spec(weights.gate_up.shape, *GATE_UP_AXES), parameter_spec(weights.down.shape, *DOWN_AXES)
     )
@@ -64,8 +67,11 @@ def experts(
     travel = set(expert_axes) <= set(token_axes)
 
     def on_device(x, expert, gate, weights):
+        gate_up = weights.gate_up
+        if implementation in KERNELS:  # before they are gathered, when it is the least to copy
+            gate_up = rearrange(gate_up, "E D two F -> E D (two F)")
         own = ExpertWeights(
-            gathered(weights.gate_up, x.dtype, axes_of(parts.gate_up[1]), 1),
+            gathered(gate_up, x.dtype, axes_of(parts.gate_up[1]), 1),
             gathered(weights.down, x.dtype, axes_of(parts.down[2]), 2),
         )
         rows, expert, gate = (rearrange(y, "B T n -> (B T) n") for y in (x, expert, gate))
@@ -96,7 +102,8 @@ def _multiply(
 ) -> Float[Array, "R D"]:
     """Each row through the expert of its group."""
     product = partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
-    return product(swiglu(product(x, weights.gate_up)), weights.down)
+    between = swiglu if weights.gate_up.ndim == 4 else swiglu_flat
+    return product(between(product(x, weights.gate_up)), weights.down)
 
 
 class Routing(NamedTuple):

@@ -52,9 +52,7 @@ def megablox(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int
     return _product(Kernels(rows, outer, tile, 1), x, w.astype(x.dtype), group_sizes)
 
 
-def mosaic_gpu(
-    x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]
-) -> Float[Array, "R *O"]:
+def mosaic_gpu(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
     """`jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`, for Hopper's tensor cores. Raises ValueError on other
     platforms, and for other dtypes than bfloat16 and float16."""
     if platform() != "gpu":
@@ -70,19 +68,19 @@ def mosaic_gpu(
         return forward(x, w, group_sizes=sizes, transpose_rhs=transposed, **blocks)
 
     def outer(x, g, sizes):
+        # It multiplies rows of no group by 0 where they share a tile with a group, which a NaN survives.
+        x, g = _of_groups(x, sizes), _of_groups(g, sizes)
         return transposed_dot(x, g, group_sizes=sizes, **blocks)
 
     return _product(Kernels(rows, outer, 128, 128), x, w.astype(x.dtype), group_sizes)
 
 
 def _product(kernels: Kernels, x, w, group_sizes):
-    """With columns in one dimension, rows and widths padded to the kernels' tiles, and the padding cut off again."""
-    rows, columns = x.shape[0], w.shape[2:]
-    w = w.reshape(*w.shape[:2], -1)
-    width = w.shape[2]
+    """With rows and widths padded to the kernels' tiles, and the padding cut off again."""
+    rows, width = x.shape[0], w.shape[2]
     x = _padded(_padded(x, 0, kernels.tile), 1, kernels.width)
     w = _padded(_padded(w, 1, kernels.width), 2, kernels.width)
-    return _multiply(kernels, x, w, group_sizes)[:rows, :width].reshape(rows, *columns)
+    return _multiply(kernels, x, w, group_sizes)[:rows, :width]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -94,9 +92,7 @@ def _backward(kernels: Kernels, saved, g):
     x, w, group_sizes = saved
     g = g.astype(x.dtype)
     d_x = _of_groups(kernels.rows(g, w, group_sizes, True), group_sizes)
-    # Rows of no group may hold anything, and 0 · NaN is NaN in a tile that they share with a group.
-    d_w = kernels.outer(_of_groups(x, group_sizes), _of_groups(g, group_sizes), group_sizes)
-    return d_x, d_w.astype(w.dtype), None
+    return d_x, kernels.outer(x, g, group_sizes).astype(w.dtype), None
 
 
 _multiply.defvjp(lambda kernels, *operands: (_multiply(kernels, *operands), operands), _backward)

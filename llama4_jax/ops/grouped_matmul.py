@@ -44,7 +44,7 @@ def grouped_matmul(
     Raises ValueError for an unknown implementation, and one that cannot serve here.
     """
     if implementation == "auto":
-        implementation = _choose(x.shape[0])
+        implementation = choose(x.shape[0])
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(["auto", *IMPLEMENTATIONS])
         raise ValueError(f"unknown grouped_matmul implementation {implementation!r}: expected one of {known}.")
@@ -75,12 +75,15 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "mosaic_gpu": mosaic_gpu,
 }
 
-# On a TPU a kernel wants a group's columns in one dimension: of weights stored in two that is a copy of all of them,
-# which is little beside the products of many rows, and three times the work of a few.
+# Their columns must be one dimension.
+KERNELS = ("megablox", "mosaic_gpu")
+# On a TPU, to lay a kernel's weights out so is to copy all of them: little beside the products of many rows, and three
+# times the work of a few.
 FEW_ROWS = 256
 
 
-def _choose(rows: int) -> str:
+def choose(rows: int) -> str:
+    """What "auto" means for so many rows."""
     # A kernel that nobody has run on its hardware, as "mosaic_gpu", is not chosen unasked.
     return "megablox" if platform() == "tpu" and rows > FEW_ROWS else "blocks"
 

@@ -1,22 +1,39 @@
 """silu(gate) · up, with its backward pass written out: it keeps the input alone, where autodiff keeps several arrays of
 its size, and makes its gradient in one pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
 def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
     """silu(gate) · up of the two halves."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+    return _swiglu(gate_up, False)
 
 
-def _backward(gate_up, g):
-    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+def swiglu_flat(gate_up: Float[Array, "R FF"]) -> Float[Array, "R F"]:
+    """The same of halves that lie side by side in one dimension."""
+    return _swiglu(gate_up, True)
+
+
+def _halves(x: Float[Array, "..."], flat: bool) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    width = x.shape[-1] // 2
+    return (x[..., :width], x[..., width:]) if flat else (x[..., 0, :], x[..., 1, :])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _swiglu(gate_up, flat: bool):
+    gate, up = _halves(gate_up, flat)
+    return jax.nn.silu(gate) * up
+
+
+def _backward(flat, gate_up, g):
+    gate, up = _halves(gate_up, flat)
     sigmoid = jax.nn.sigmoid(gate)
-    d_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return (jnp.stack([d_gate, g * gate * sigmoid], axis=-2),)
+    parts = g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
+    return (jnp.concatenate(parts, axis=-1) if flat else jnp.stack(parts, axis=-2),)
 
 
-swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _backward)
+_swiglu.defvjp(lambda gate_up, flat: (_swiglu(gate_up, flat), gate_up), _backward)

@@ -5,11 +5,11 @@ What is beneath epath is not tested here: Google's client, and TensorStore, whic
 
 import json
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from llama4_jax.atomic import write_atomically
@@ -23,10 +23,7 @@ class Bucket(MemoryFileSystem):
     """Names begin with that of the bucket, not with a slash; nothing can be appended."""
 
     protocol = ("gcs", "gs")
-    store, pseudo_dirs = {}, [""]  # its own, not all memory's
-
-    def __init__(self, finalize_on_close=True, **kwargs):
-        super().__init__(**kwargs)
+    store, pseudo_dirs = {}, [""]  # not those of all memory
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -35,10 +32,6 @@ class Bucket(MemoryFileSystem):
     def glob(self, path, **kwargs):
         return [name.lstrip("/") for name in super().glob(path, **kwargs)]
 
-    def walk(self, path, **kwargs):
-        for folder, folders, files in super().walk(path, **kwargs):
-            yield "gs:/" + folder, folders, files
-
     def _open(self, path, mode="rb", **kwargs):
         assert "a" not in mode, "an object cannot be appended to"
         return super()._open(path, mode=mode, **kwargs)
@@ -46,15 +39,12 @@ class Bucket(MemoryFileSystem):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """An empty one."""
-    from etils.epath import backend
-
-    monkeypatch.setitem(fsspec.registry.target, "gcs", Bucket)
+    """A folder of an empty one."""
     monkeypatch.setattr(Bucket, "store", {})
     monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    yield epath.Path("gs://bucket/folder")
-    backend.fsspec_backend._get_filesystem.cache_clear()
+    google = Bucket()
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: google)
+    return epath.Path("gs://bucket/folder")
 
 
 def write(path, content):
@@ -87,10 +77,8 @@ def test_sources_are_read_from_a_bucket_as_from_a_disk(bucket, source, count, tm
     pq.write_table(table, sink)
     write(epath.Path("gs://bucket/rows/part.parquet"), sink.getvalue().to_pybytes())
     copy = tmp_path / "bucket"
-    for path in (bucket, epath.Path("gs://bucket/rows")):
-        for folder, _, names in path.walk():
-            for name in names:
-                write(copy / (folder / name).relative_to("gs://bucket"), (folder / name).read_bytes())
+    for name, content in Bucket.store.items():
+        write(copy / name.removeprefix("/bucket/"), content.getvalue())
     there, here = open_source(source), open_source(source.replace("gs://bucket", str(copy)))
     assert len(there) == len(here) == count
     assert there.identity == here.identity

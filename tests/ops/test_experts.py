@@ -158,6 +158,15 @@ def test_experts_stay_where_they_are():
     assert all(shape.count(",") < 2 for shape, _ in moved)  # weights have three axes and four
 
 
+def test_a_kernel_gives_what_the_portable_product_does():
+    arguments = example(SKEWED, top_k=2)
+    mesh = make_mesh(MESHES["fsdp 2, expert 4"])
+    expected = jax.jit(functools.partial(experts, implementation="blocks"))(*arguments)
+    with jax.set_mesh(mesh):
+        got = jax.jit(functools.partial(experts, implementation="megablox"))(*arguments)
+    assert_equal(got, expected)
+
+
 def test_an_unknown_transport_is_named():
     with jax.set_mesh(make_mesh(MESHES["expert 8"])), pytest.raises(ValueError, match="transport 'mail': expected one"):
         jax.jit(functools.partial(experts, transport="mail"))(*example(EVEN))

@@ -228,7 +228,7 @@ def test_loops_update_their_result_in_place(dtype, carried):
         assert not (f"[{rows},{width}]" in line and " copy(" in line), line
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks", "megablox"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
 def test_columns_may_be_several_dimensions(implementation):
     x, w, g = operands(40, 3)
     sizes = jnp.array([11, 0, 25])
