@@ -139,7 +139,7 @@ def for_use(w: jax.Array, dtype, *axes: str | None) -> jax.Array:
     """Parameter `w`, with these named axes, as a product uses it: cast to `dtype` where it lives, and then gathered, so
     that what travels is of that dtype. Its gradient goes back to where it lives."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return w.astype(dtype)
     return _for_use(w, dtype, parameter_spec(w.shape, *axes), activation_spec(w.shape, *axes))
 
