@@ -1,7 +1,7 @@
 """The README's table of plans: what the large models cost on named pods, one line each, compiled here and run nowhere.
 
     python benchmarks/plans.py                       # all lines, a few minutes each
-    python benchmarks/plans.py --only scout decode   # those whose model or step is named
+    python benchmarks/plans.py --only scout decode   # those of this model and this step
 
 Needs `pip install libtpu`, and no TPU.
 """
@@ -20,15 +20,15 @@ LINES = [
     ("scout_pretrain", "train", "v5p:4x4x8", 1024, 8192, MeshConfig(data=1, fsdp=8, expert=16)),
     ("maverick_pretrain", "train", "v5p:4x4x8", 512, 8192, MeshConfig(data=1, fsdp=4, expert=32)),
     ("behemoth_like", "train", "v5p:8x8x16", 1024, 8192, MeshConfig(data=1, fsdp=64, expert=16)),
-    ("scout", "decode", "v5e:4x4", 16, 8192, MeshConfig(data=1, expert=16)),
-    ("maverick", "decode", "v6e:8x8", 64, 8192, MeshConfig(data=1, expert=64)),
-    ("behemoth_like", "decode", "v5p:4x4x8", 128, 8192, MeshConfig(data=1, fsdp=1, expert=16, tensor=8)),
+    ("scout", "decode", "v5e:4x4", 16, 8192, MeshConfig(data=1, expert=2, tensor=8)),
+    ("maverick", "decode", "v6e:8x8", 64, 8192, MeshConfig(data=1, expert=8, tensor=8)),
+    ("behemoth_like", "decode", "v5p:4x4x8", 128, 8192, MeshConfig(data=1, expert=16, tensor=8)),
 ]
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="models or steps")
+    parser.add_argument("--only", nargs="*", default=[], help="a model, a step, or both")
     only = set(parser.parse_args(arguments).only)
     print("| model | step | rows x tokens | chips | mesh | GiB a chip | executed / model FLOPs | read / needed | binds "
           "| est. step | est. MFU, all to no overlap |")  # fmt: skip

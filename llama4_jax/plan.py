@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
     work = work_of(options, rest)
     chosen = any(argument.startswith("--mesh.") for argument in rest)
     if options.search:
+        if options.json is not None:
+            raise ValueError("--json writes the figures of one plan: give the mesh that --search found, without it.")
         return _search(work, where)
     mesh = work.config.mesh
     if not chosen and (options.step != "train" or options.name not in config_names()):
@@ -106,22 +108,16 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
     mesh_config = _checked(work, mesh_config, where)
     if not where.chip.torus:
         return estimate(work, mesh_config, where)
-    try:
-        mesh = make_mesh(mesh_config, topology_devices(where))
-        build = _train if work.step == "train" else _serve
-        with jax.set_mesh(mesh):
-            lowered, arguments, notes = build(work, mesh)
-    except NotImplementedError as error:  # of JAX: the torus has no such sub-boxes
-        others = [m for m in nearest(work, mesh_config, where.num_devices) if m != mesh_config and _lies(m, where)]
-        raise ValueError(
-            f"the mesh {flags(mesh_config)} cannot be laid over {where.name}: each axis must be a product of whole "
-            f"dimensions of its network. Nearest that can: {_listed(others)}."
-        ) from error
+    mesh = make_mesh(mesh_config, topology_devices(where))
+    build = _train if work.step == "train" else _serve
+    with jax.set_mesh(mesh):
+        lowered, arguments, notes = build(work, mesh)
     return make_plan(
         lowered, where, mesh, arguments,
         model_flops=work.model_flops / mesh.devices.size,
         model_traffic=work.model_traffic / mesh.devices.size,
         kernel_flops=functools.partial(kernel_flops, routed_rows=_routed_rows(work, mesh)),
+        turns=functools.partial(_turns, chosen_experts=_chosen_experts(work, mesh)),
         notes=[*notes, *_NOTES],
     )  # fmt: skip
 
@@ -138,6 +134,21 @@ def _routed_rows(work: Work, mesh: jax.sharding.Mesh) -> float:
     parts *= mesh.shape["context"] if work.step == "train" else 1
     accumulated = work.config.grad_accumulation if work.step == "train" else 1
     return work.rows * work.tokens * work.config.model.top_k / parts / accumulated
+
+
+def _chosen_experts(work: Work, mesh: jax.sharding.Mesh) -> float | None:
+    """Experts of a device that the rows of a decoding step choose on average; None for other steps."""
+    model = work.config.model
+    if work.step != "decode":
+        return None
+    seen = work.rows / (mesh.shape["data"] * mesh.shape["fsdp"])
+    return model.num_experts / mesh.shape["expert"] * (1 - (1 - model.top_k / model.num_experts) ** seen)
+
+
+def _turns(op_name: str, *, chosen_experts: float | None) -> float | None:
+    """Decoding multiplies by one expert after another (`grouped_matmul.blocks`), in the only loop that it runs within
+    `shard_map`."""
+    return chosen_experts if op_name.endswith("shard_map/while") else None
 
 
 def kernel_flops(
@@ -185,14 +196,6 @@ def _checked(work: Work, mesh: MeshConfig, where: Topology) -> MeshConfig:
 
 def _listed(found: list[MeshConfig]) -> str:
     return "; ".join(flags(mesh) for mesh in found[:3]) or "none"
-
-
-def _lies(mesh: MeshConfig, where: Topology) -> bool:
-    try:
-        make_mesh(mesh, topology_devices(where))
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _train(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dict[str, Any], list[str]]:
@@ -260,14 +263,16 @@ def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
         lowered = generate._decode.lower(
             graphdef, state, cache, numbers, stopped, scalar, scalar, how, scalar, stops
         )  # fmt: skip
-    return lowered, arguments, ["a step is one token of each row: the loop over tokens counts once"]
+    notes = [
+        "a step is one token of each row: the loop over tokens counts once, and so does what is done once before it",
+        "of its experts a device reads those that the rows choose on average",
+    ]
+    return lowered, arguments, notes
 
 
 def _search(work: Work, where: Topology) -> int:
     """Prints the meshes that fit, the best few compiled."""
     found = [(mesh, plan) for mesh, plan in ranked(work, where) if plan.fits]
-    if where.chip.torus:
-        found = [(mesh, plan) for mesh, plan in found[: 10 * _COMPILED_IN_A_SEARCH] if _lies(mesh, where)]
     if not found:
         raise ValueError(f"no mesh of {where.name} holds this step: choose more chips, or fewer rows (--batch).")
     rows = []

@@ -145,13 +145,23 @@ def its_word(name: str, operands: list[Array], results: list[Array], said: float
     return said
 
 
-def costs(text: str, kernel_flops: KernelFlops = its_word) -> Costs:
-    """What the program of this text costs. `kernel_flops` has the last word on custom kernels.
+# where a loop of unknown length comes from, in JAX's words: how often it runs on average, if that is known
+Turns = Callable[[str], float | None]
+
+
+def unknown(op_name: str) -> float | None:
+    """Nothing is known of such loops."""
+    return None
+
+
+def costs(text: str, kernel_flops: KernelFlops = its_word, turns: Turns = unknown) -> Costs:
+    """What the program of this text costs. `kernel_flops` has the last word on custom kernels, and `turns` is asked
+    about loops whose length depends on the data.
 
     Raises ValueError if the text is not that of a compiled HLO module.
     """
     module = parse(text)
-    return _Walk(module, kernel_flops).computation(module.entry, {})
+    return _Walk(module, kernel_flops, turns).computation(module.entry, {})
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -280,8 +290,8 @@ Known = dict[int, int]  # elements of a computation's tuple parameter that are k
 
 
 class _Walk:
-    def __init__(self, module: Module, kernel_flops: KernelFlops):
-        self.module, self.kernel_flops = module, kernel_flops
+    def __init__(self, module: Module, kernel_flops: KernelFlops, turns: Turns):
+        self.module, self.kernel_flops, self.turns = module, kernel_flops, turns
         self.inner: dict[str, Costs] = {}  # of computations within fusions, which know no constants
 
     def computation(self, computation: Computation, known: Known) -> Costs:
@@ -338,7 +348,7 @@ class _Walk:
                  if (value := self.constant(computation, operand, known)) is not None}  # fmt: skip
         constant = {n: value for n, value in first.items() if self.is_unchanged(body, n)}
         trips = self.trip_count(i, condition, body, first, constant)
-        if trips is None:
+        if trips is None and (trips := self.turns(i.op_name)) is None:
             total.assumptions[f"a loop of unknown length counts once: {i.op_name or i.name}"] += 1
             trips = 1
         total.add(self.computation(body, constant), float(trips))

@@ -66,7 +66,8 @@ def test_a_serving_step_is_compiled_in_bfloat16_with_its_cache(capsys, tmp_path,
     assert figures["arguments"]["parameters"] < count_parameters(model).total * 2
     first = 255 if step == "decode" else 0
     assert figures["model_flops"] == pytest.approx(forward_flops(model, first=first, last=256, logits=1))
-    assert 1 <= figures["flops"] / figures["model_flops"] < 8
+    # A product with a single row may become elementwise work, which is not counted.
+    assert 0.9 <= figures["flops"] / figures["model_flops"] < 8
     if step == "decode":
         needed = decode_bytes(model, rows=4, context=256, weight_bytes=2, cache_bytes=2)
         assert figures["model_traffic"] == needed / 4 < figures["traffic"]

@@ -114,6 +114,15 @@ def test_a_loop_of_unknown_length_counts_once_and_says_so():
     assert any("unknown length" in line for line in costs.assumptions)
 
 
+def test_a_loop_of_unknown_length_runs_as_often_as_one_says_who_knows():
+    def until(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: x @ x, x)
+
+    text = jax.jit(until).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile().as_text()
+    costs = hlo.costs(text, turns=lambda op_name: 2.5 if op_name.endswith("/while") else None)
+    assert costs.total_flops == 2.5 * 2 * 16**3 and not costs.assumptions
+
+
 def test_of_a_conditional_the_dearest_branch_counts_and_it_is_said():
     def either(x):
         return jax.lax.cond(jnp.sum(x) > 0, lambda x: x @ x @ x, lambda x: x @ x, x)

@@ -63,7 +63,8 @@ def new_place(folder: Path) -> Path:
 def start_all(
     place: Path, options: list[list[str]], command: list[str] | None = None, *, where: list[Path] | None = None
 ) -> list[subprocess.Popen]:
-    """One process of one run for each list of options: `train.py` with the config of the place, or another command.
+    """A process of one run for each list of options: `train.py` with the config of the place, or another command. A
+    single one is told of no others.
 
     - where: the working directory of each
     """
@@ -73,11 +74,18 @@ def start_all(
     command = command or [str(ROOT / "train.py"), str(place / "config.py")]
     processes = []
     for number, (own, directory) in enumerate(zip(options, where or [ROOT] * len(options), strict=True)):
-        variables = environment(place) | {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(len(options)),
-            "JAX_PROCESS_ID": str(number),
+        variables = environment(place)
+        variables |= {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), variables.get("PYTHONPATH", "")]),
+            # JAX keeps what the first process has compiled, and no other: most of the time is the compiler.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         }
+        if len(options) > 1:
+            variables |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(len(options)),
+                "JAX_PROCESS_ID": str(number),
+            }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen([sys.executable, *command, *own], cwd=directory, env=variables, **pipes))
     return processes
@@ -127,5 +135,4 @@ def copy_checkpoint(source: str, target: str, devices: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.fspath(ROOT))
     copy_checkpoint(*sys.argv[1:])

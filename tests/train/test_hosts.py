@@ -5,7 +5,6 @@ saved is compared bit for bit.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,9 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from micro_run import ROOT, disturb, end, figures, last_step, metrics, train
+from micro_run import disturb, end, figures, last_step, metrics
 from several_processes import EVERY, STEPS, end_all, new_place, run_all, start_all
 
+from llama4_jax.train import hosts
 from llama4_jax.weights.checkpoint import Checkpoints
 
 MESH = ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.context", "2", "--mesh.data", "1"]
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def alone(folder):
     """The run in a single process with eight devices."""
     place = new_place(folder / "alone")
-    result = train(place, *MESH)
+    (result,) = run_all(place, [MESH])
     assert result.returncode == 0, result.stderr
     assert "process" not in result.stdout and "Gloo" not in result.stderr
     return place / "micro"
@@ -92,7 +92,7 @@ def test_four_processes_go_on_from_a_checkpoint_of_one_stop_together_and_one_goe
     stopped_at = int(re.search(r"stopped at step (\d+)", results[0].stdout)[1])
     assert 2 * EVERY <= stopped_at < STEPS and arrays_of(run)["step"] == stopped_at
 
-    result = train(run.parent, *MESH)
+    (result,) = run_all(run.parent, [MESH])
     assert f"resumed at step {stopped_at} of {STEPS}" in result.stdout, result.stderr
     assert_same_figures(run, alone)
 
@@ -102,11 +102,7 @@ def test_a_checkpoint_is_the_same_whichever_number_of_processes_wrote_it(alone, 
     for count in (4, 2):
         target = folder / f"copied_by_{count}"
         target.mkdir()
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        try:
-            results = run_all(folder, [[str(source), str(target), "2"]] * count, [script])
-        finally:
-            del os.environ["PYTHONPATH"]
+        results = run_all(folder, [[str(source), str(target), "2"]] * count, [script])
         assert [result.returncode for result in results] == [0] * count, results
         source = target
     saved, copied = arrays_of(alone), arrays_of(source)
@@ -119,7 +115,8 @@ def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(a
     place = new_place(folder / "killed")
     run, two = place / "micro", [["--mesh.data", "4"]] * 2
     processes = start_all(place, two, ["-c", IMPATIENT, str(place / "config.py")])
-    disturb(processes[1], lambda: last_step(run) > EVERY, signal.SIGKILL)
+    saved = run / "checkpoints" / str(EVERY)  # in the background: it may be complete some steps later
+    disturb(processes[1], lambda: saved.exists() and last_step(run) > EVERY, signal.SIGKILL)
     survivor, killed = end_all(processes)
     assert killed.returncode == -signal.SIGKILL and survivor.returncode == 1
     (line,) = errors([survivor])
@@ -139,6 +136,64 @@ def test_when_the_first_process_dies_the_others_say_so_and_end(folder):
     survivor = end(processes[1])
     assert survivor.returncode == 1
     assert "another process of this run was killed" in errors([survivor])[0]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_later_says_why_and_the_others_say_it_too(folder, failing):
+    place = new_place(folder / f"fails_{failing}")
+    fail = f"""
+import os, sys, train
+from llama4_jax.train import loop
+
+def describe(*_):
+    raise OSError("the disk is gone")
+
+if os.environ["JAX_PROCESS_ID"] == "{failing}":
+    loop.describe = describe
+sys.exit(train.main(sys.argv[1:]))
+"""
+    results = run_all(place, [["--mesh.data", "4"]] * 2, ["-c", fail, str(place / "config.py")])
+    assert (results[failing].returncode, results[1 - failing].returncode) == (2, 1), results
+    assert errors(results)[failing] == "train.py: the disk is gone\n"
+    says = rf"train.py: process {failing} \(.+\) has stopped the run: the disk is gone\nNothing that was saved is lost"
+    assert re.match(says, errors(results)[1 - failing])
+
+
+@pytest.mark.parametrize(
+    ("variables", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": None}, False),  # what a batch script has before srun
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+    ],
+    ids=["nothing", "srun", "srun of one task", "sbatch", "a pod of no job"],
+)
+def test_a_process_joins_others_only_where_there_are_some(monkeypatch, variables, joins):
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-4]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    if "SLURM_NTASKS" in variables:
+        variables = slurm | variables
+    for name, value in variables.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert hosts._in_a_cluster() == joins
+    assert hosts.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "count", "index"),
+    [(None, "2", "0"), ("host:1", "2", None), ("host:1", "two", "0"), ("host:1", "2", "2")],
+)
+def test_variables_that_do_not_fit_together_are_named(monkeypatch, address, count, index):
+    for name, value in zip(
+        ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), (address, count, index), strict=True
+    ):
+        if value is not None:
+            monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(hosts.OnEveryHost, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID belong"):
+        hosts.connect()
 
 
 @pytest.mark.parametrize(

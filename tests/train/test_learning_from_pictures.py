@@ -22,6 +22,7 @@ from llama4_jax.model.config import VisionConfig
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.freeze import FreezeConfig
 from llama4_jax.train.loop import Heldout, make_evaluation
+from llama4_jax.train.rows import Rows
 from llama4_jax.weights.checkpoint import named_leaves
 from llama4_jax.weights.load import initial_weights
 from sharding import MeshConfig
@@ -198,7 +199,7 @@ def test_a_reply_is_exact_if_greedy_decoding_would_write_it():
         # Make some of them right.
         right = np.random.default_rng(0).random(batch.targets.shape) < 0.9
         batch = batch._replace(targets=np.where(right, likeliest, batch.targets).astype(np.int32))
-        measured = make_evaluation(made)(state, [batch])
+        measured = make_evaluation(made, Rows(made.mesh, len(batch.tokens)))(state, [batch])
     exact = replies = 0
     for row in range(len(batch.tokens)):
         for segment in range(1, batch.segment_ids[row].max() + 1):
