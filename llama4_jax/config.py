@@ -36,7 +36,8 @@ class RunConfig:
     grad_accumulation: int = 1  # micro-batches a step: as one large batch, in the memory of a small one
     seed: int = 0  # of the initial parameters
     scan_layers: bool = True  # compile the repeating group of layers once; its parameters are then stacked
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again instead of keeping
+    # What the backward pass computes again instead of keeping; "offload": all, and layers' inputs wait on the host.
+    remat: Literal["none", "dots", "full", "offload"] = "none"
     max_bad_steps: int = 10  # consecutive steps with a loss or gradient that is not finite before the run stops
 
     eval_every: int = 200  # steps; the end of the run is always evaluated

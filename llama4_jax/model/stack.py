@@ -9,13 +9,23 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
+
+_INPUT = "layer_input"
 
 # `remat`: what the backward pass may keep of each layer, beside the layer's input. "none" keeps all it needs.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of products with parameters
     "full": jax.checkpoint_policies.nothing_saveable,
+    # and the input is in the host's memory until the backward pass comes to the layer
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -58,7 +68,7 @@ class Stack(nnx.Module):
     def run(self, each: Callable[[Any, Array], tuple[Array, Any]], x: Array) -> tuple[Array, list[Any]]:
         """each(layer, x) → (x, out), layer by layer; returns the last x and, in order, each out that is not None."""
         if self.remat != "none":
-            each = jax.checkpoint(each, policy=REMAT_POLICIES[self.remat])
+            each = jax.checkpoint(_named_input(each), policy=REMAT_POLICIES[self.remat])
 
         def run(layers, x):
             collected = []
@@ -86,6 +96,10 @@ class Stack(nnx.Module):
         copy = nnx.merge(graphdef, state)
         copy.rest, copy.group, copy.repeats = nnx.List(self.layers()), nnx.List([]), 0
         return copy
+
+
+def _named_input(each):
+    return lambda layer, x: each(layer, checkpoint_name(x, _INPUT))
 
 
 def _map_axes(module: nnx.Module, change) -> nnx.Module:
