@@ -10,31 +10,10 @@ such as runs/tiny,optimizer.peak_lr=0.001, unless --name does. On several hosts 
 """
 
 import dataclasses
-import difflib
-import importlib.util
 import sys
 import traceback
-from pathlib import Path
 
-CONFIGS = Path(__file__).parent / "configs"
-
-
-def load_config(name: str):
-    """`config()` of configs/NAME.py, or of the file NAME. Raises ValueError if there is none."""
-    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
-    known = sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))
-    if not path.is_file():
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(
-            f"there is no config {name!r}.{hint} There are: {', '.join(known)}; or give a path to a .py file."
-        )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "config"):
-        raise ValueError(f"{path} must define `def config() -> RunConfig`.")
-    return module.config()
+from configs import config_names, load_config
 
 
 def read_config(arguments: list[str]):
@@ -58,7 +37,7 @@ def read_config(arguments: list[str]):
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__, "\nConfigs:", ", ".join(sorted(p.stem for p in CONFIGS.glob("[!_]*.py"))))
+        print(__doc__, "\nConfigs:", ", ".join(config_names()))
         return 0 if arguments else 2
     if {"-h", "--help"} & set(arguments):
         read_config(arguments)

@@ -6,19 +6,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.mesh import platform
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gathered(w: jax.Array, dtype, axes: tuple[str, ...], dimension: int) -> jax.Array:
     """All parts of a parameter along the dimension that these mesh axes split, cast to `dtype` before they travel. Its
     gradient is summed in float32, and each device gets its own part."""
+    if platform() != "cpu":
+        # Of layers in a scan XLA would cast the whole stack before it, and keep that.
+        w = lax.optimization_barrier(w)
     w = w.astype(dtype)
-    return lax.all_gather(w, axes, axis=dimension, tiled=True) if axes else w
+    for axis in reversed(axes):  # one at a time: over all devices of a mesh a TPU would add up zeros instead
+        w = lax.all_gather(w, axis, axis=dimension, tiled=True)
+    return w
 
 
 def _gradient(dtype, axes, dimension, like, g):
-    if axes:
-        g = lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dimension, tiled=True)
-    return (g.astype(like.dtype),)
+    g = g.astype(jnp.float32) if axes else g
+    return (_scattered(g, axes, dimension).astype(like.dtype),)
+
+
+def _scattered(total: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    for axis in axes:
+        total = lax.psum_scatter(total, axis, scatter_dimension=dimension, tiled=True)
+    return total
 
 
 # The empty slice carries w's dtype to the backward pass.
@@ -28,7 +40,7 @@ gathered.defvjp(lambda w, dtype, axes, dimension: (gathered(w, dtype, axes, dime
 def own_part(total: jax.Array, home: tuple[str, ...], summed: tuple[str, ...], dimension: int) -> jax.Array:
     """This device's part, along a dimension that the axes `home` split, of the sum over the axes `summed`."""
     if set(home) <= set(summed):
-        part = lax.psum_scatter(total, home, scatter_dimension=dimension, tiled=True) if home else total
+        part = _scattered(total, home, dimension)
         others = tuple(axis for axis in summed if axis not in home)
         return lax.psum(part, others) if others else part
     total = lax.psum(total, summed) if summed else total

@@ -146,8 +146,9 @@ def for_use(w: jax.Array, dtype, *axes: str | None) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _for_use(w, dtype, home: PartitionSpec, use: PartitionSpec):
-    # The barrier keeps the cast before the gathering: XLA is free to swap them.
-    w = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(w.astype(dtype), home))
+    # XLA would cast a whole stack of layers before the scan over them, and keep that; and gather before it casts.
+    w = jax.lax.optimization_barrier(w).astype(dtype)
+    w = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(w, home))
     return jax.lax.with_sharding_constraint(w, use)
 
 

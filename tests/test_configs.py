@@ -6,9 +6,9 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from configs import CONFIGS, load_config
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.step import make_trainer
-from train import CONFIGS, load_config
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
 

@@ -37,7 +37,7 @@ class MoE(nnx.Module):
         make = {"std": config.init_std, "dtype": precision.params, "rngs": rngs}
         self.router = Linear({"embed": dim}, {"router": num_experts}, **make)
         own = {"std": config.init_std, "dtype": precision.params}
-        self.gate_up = normal_param(rngs, (num_experts, dim, 2, width), GATE_UP_AXES, **own)
+        self.gate_up = normal_param(rngs, (num_experts, 2, dim, width), GATE_UP_AXES, **own)
         self.down = normal_param(rngs, (num_experts, width, dim), DOWN_AXES, **own)
         self.shared = SwiGLU(dim, width, matmul=precision.matmul, **make)
         if config.router_bias:

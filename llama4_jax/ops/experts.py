@@ -30,11 +30,11 @@ from sharding import activation_spec, axes_of, gathered, parameter_spec, ways
 
 
 class ExpertWeights(NamedTuple):
-    gate_up: Float[Array, "E D 2 F"] | Float[Array, "E D FF"]  # the halves apart, or side by side for a kernel
+    gate_up: Float[Array, "E 2 D F"] | Float[Array, "E D FF"]  # the halves apart, or side by side for a kernel
     down: Float[Array, "E F D"]
 
 
-GATE_UP_AXES = ("experts", "embed", "gate_up", "mlp")
+GATE_UP_AXES = ("experts", "gate_up", "embed", "mlp")
 DOWN_AXES = ("experts", "mlp", "embed")
 
 
@@ -69,9 +69,9 @@ def experts(
     def on_device(x, expert, gate, weights):
         gate_up = weights.gate_up
         if implementation in KERNELS:  # before they are gathered, when it is the least to copy
-            gate_up = rearrange(gate_up, "E D two F -> E D (two F)")
+            gate_up = rearrange(gate_up, "E two D F -> E D (two F)")
         own = ExpertWeights(
-            gathered(gate_up, x.dtype, axes_of(parts.gate_up[1]), 1),
+            gathered(gate_up, x.dtype, axes_of(parts.gate_up[2]), gate_up.ndim - 2),
             gathered(weights.down, x.dtype, axes_of(parts.down[2]), 2),
         )
         rows, expert, gate = (rearrange(y, "B T n -> (B T) n") for y in (x, expert, gate))

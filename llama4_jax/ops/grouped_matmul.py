@@ -29,14 +29,14 @@ from sharding import platform
 
 
 def grouped_matmul(
-    x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"], *, implementation: str = "auto"
-) -> Float[Array, "R *O"]:
+    x: Float[Array, "R I"], w: Float[Array, "E *P I O"], group_sizes: Int[Array, " E"], *, implementation: str = "auto"
+) -> Float[Array, "R *P O"]:
     """Rows [sum(group_sizes[:e]), sum(group_sizes[:e + 1])) of x, times w[e]. Rows after the last group give 0.
 
     Args:
         x: rows, sorted by group.
-        w: one matrix a group, whose columns may be several dimensions. Where its dtype is not x's, it is cast, one
-            group at a time.
+        w: one matrix a group, or several (P, such as gate and up). Where its dtype is not x's, it is cast, one group at
+            a time.
         group_sizes: how many rows each group has; zeros are fine. Their sum must not exceed R.
         implementation: a key of IMPLEMENTATIONS, or "auto": the best one for the platform it is compiled for.
 
@@ -51,17 +51,21 @@ def grouped_matmul(
     return IMPLEMENTATIONS[implementation](x, w, group_sizes)
 
 
-def reference(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
+def reference(
+    x: Float[Array, "R I"], w: Float[Array, "E *P I O"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "R *P O"]:
     """Every row times every matrix, then the right one picked: E times the work, and obviously right."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[:, None]
     chosen = (row >= ends - group_sizes) & (row < ends)
-    every = jnp.einsum("RI,EI...->RE...", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    every = jnp.einsum("RI,E...IO->RE...O", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
     chosen = chosen.reshape(*chosen.shape, *[1] * (every.ndim - 2))
     return jnp.sum(jnp.where(chosen, every, 0), axis=1).astype(x.dtype)
 
 
-def blocks(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
+def blocks(
+    x: Float[Array, "R I"], w: Float[Array, "E *P I O"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "R *P O"]:
     """One product a group, of the smallest compiled height that holds it."""
     if x.shape[0] == 1:  # XLA:CPU has no fast product of a single row; in 16 bits it is 10 times slower than of two
         return _blocks(jnp.pad(x, ((0, 1), (0, 0))), w, group_sizes)[:1]
@@ -89,13 +93,16 @@ def choose(rows: int) -> str:
 
 
 @jax.custom_vjp
-def _blocks(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
-    def multiply(out: Shaped[Array, "R *O"], block: _Block) -> Shaped[Array, "R *O"]:
+def _blocks(
+    x: Float[Array, "R I"], w: Float[Array, "E *P I O"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "R *P O"]:
+    def multiply(out: Shaped[Array, "R *P O"], block: _Block) -> Shaped[Array, "R *P O"]:
         rows = _slice(x, block.first_row, block.height)
         matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
-        return _write_rows(out, block, _float32_sum(rows, matrix, (1,), (0,)).astype(x.dtype))
+        y = _each_matrix(lambda m: _float32_sum(rows, m, (1, 0)).astype(x.dtype), matrix, at=1)
+        return _write_rows(out, block, y)
 
-    zeros = jnp.zeros((x.shape[0], *w.shape[2:]), x.dtype)
+    zeros = jnp.zeros((x.shape[0], *w.shape[1:-2], w.shape[-1]), x.dtype)
     return _from_bits(_fold_groups(multiply, _as_bits(zeros), group_sizes, x.shape[0]), x.dtype)
 
 
@@ -105,17 +112,19 @@ def _blocks_forward(x, w, group_sizes):
 
 def _blocks_backward(operands, g):
     x, w, group_sizes = operands
-    columns = tuple(range(1, g.ndim))
 
-    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E I *O"]], block: _Block):
+    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E *P I O"]], block: _Block):
         x_grad, w_grad = grads
         g_rows = jnp.where(block.of(g), _slice(g, block.first_row, block.height), 0)
         x_rows = jnp.where(block.of(x), _slice(x, block.first_row, block.height), 0)
         matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
-        x_grad = _write_rows(x_grad, block, _float32_sum(g_rows, matrix, columns, columns).astype(x.dtype))
+        g_rows = jnp.moveaxis(g_rows, 1, 0) if g_rows.ndim == 3 else g_rows
+        pairs = zip(g_rows, matrix, strict=True) if g_rows.ndim == 3 else [(g_rows, matrix)]
+        x_new = sum(_float32_sum(g, m, (1, 1)) for g, m in pairs)
+        x_grad = _write_rows(x_grad, block, x_new.astype(x.dtype))
         # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
         x_columns = lax.optimization_barrier(x_rows.T)
-        w_new = _as_bits(_float32_sum(x_columns, g_rows, (1,), (0,)).astype(w.dtype))
+        w_new = _each_matrix(lambda g: _as_bits(_float32_sum(x_columns, g, (1, 0)).astype(w.dtype)), g_rows, at=0)
         return x_grad, lax.dynamic_update_index_in_dim(w_grad, w_new, block.group, 0, allow_negative_indices=False)
 
     zeros = _as_bits(jnp.zeros_like(x)), _as_bits(jnp.zeros_like(w))
@@ -183,11 +192,16 @@ def _fold_groups(step: Callable, out, group_sizes: Int[Array, " E"], num_rows: i
     return out
 
 
-def _float32_sum(
-    a: Float[Array, "..."], b: Float[Array, "..."], over_a: tuple[int, ...], over_b: tuple[int, ...]
-) -> Float[Array, "..."]:
-    """Sums over these dimensions of a and of b, in float32."""
-    return lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=jnp.float32)
+def _float32_sum(a: Float[Array, "m n"], b: Float[Array, "p q"], contract: tuple[int, int]) -> Float[Array, "_ _"]:
+    """Sums over dimension contract[0] of a and contract[1] of b, in float32."""
+    numbers = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+
+def _each_matrix(product: Callable, matrices: Shaped[Array, "*P m n"], at: int) -> Shaped[Array, "..."]:
+    """The product with each, put side by side; with the only one, if there is no P. One product for all would copy
+    them: no backend multiplies by a matrix whose columns are in two places."""
+    return jnp.stack([product(m) for m in matrices], axis=at) if matrices.ndim == 3 else product(matrices)
 
 
 def _write_rows(out: Shaped[Array, "R *N"], block: _Block, y: Float[Array, "height *N"]) -> Shaped[Array, "R *N"]:

@@ -14,22 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llama4_jax.atomic import in_bucket, write_atomically
 from llama4_jax.train import hosts
 from llama4_jax.train.step import StepMetrics
-
-# Dense bfloat16 operations a second of one chip, as published by its maker.
-_PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-}
+from sharding.chips import of_kind
 
 
 def peak_flops(num_devices: int) -> float | None:
@@ -40,8 +25,8 @@ def peak_flops(num_devices: int) -> float | None:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured_cpu_flops() if hosts.count() == 1 else None
-    peak = _PEAK_FLOPS.get(device.device_kind)
-    return None if peak is None else peak * num_devices
+    chip = of_kind(device.device_kind)
+    return None if chip is None else chip.bf16 * num_devices
 
 
 def _measured_cpu_flops(size: int = 2048, rounds: int = 5) -> float:

@@ -432,7 +432,7 @@ def _moe_rows(row: Callable[..., Row], i: int, config: ModelConfig) -> list[Row]
         ),
         row(
             ours + "moe.gate_up",
-            "E D P F",
+            "E P D F",
             mlp_dim=mlp_dim,
             hf=[
                 _one(hf + "feed_forward.experts.gate_up_proj", "E D (P F)"),

@@ -45,7 +45,7 @@ def test_every_parameter_names_each_of_its_axes():
         assert len(variable.axes) == variable[...].ndim, path
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_recomputing_activations_changes_no_gradient_and_saves_memory(remat, scan_layers):
     config = ModelConfig(**SIZES, num_layers=6, moe_interval=0, nope_interval=2)
@@ -64,7 +64,7 @@ def test_recomputing_activations_changes_no_gradient_and_saves_memory(remat, sca
 
 
 def test_an_unknown_remat_policy_lists_the_known_ones():
-    with pytest.raises(ValueError, match="remat must be one of none, dots, full, got 'some'"):
+    with pytest.raises(ValueError, match="remat must be one of none, dots, full, offload, got 'some'"):
         Llama4(ModelConfig(**SIZES, num_layers=2), remat="some")
 
 

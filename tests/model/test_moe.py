@@ -37,7 +37,8 @@ def obvious(moe: MoE, x: np.ndarray) -> np.ndarray:
         logits = token @ router
         out[index] = swiglu(token, shared_in, shared_out)
         for expert in np.argsort(-logits)[: moe.top_k]:
-            out[index] += swiglu(token / (1 + np.exp(-logits[expert])), gate_up[expert], down[expert])
+            w_in = gate_up[expert].swapaxes(0, 1)
+            out[index] += swiglu(token / (1 + np.exp(-logits[expert])), w_in, down[expert])
     return out
 
 

@@ -55,7 +55,7 @@ def example(load: str, top_k: int = 1, batch: int = 8, seq: int = 6, num_experts
         expert = np.argsort(-np.log(odds) + draw.gumbel(size=(batch, seq, num_experts)), axis=-1)[..., :top_k]
     expert = np.where(draw.random((batch, seq, 1)) < 0.1, num_experts, expert)  # padding
     weights = ExpertWeights(
-        draw.normal(0, 0.3, (num_experts, dim, 2, width)).astype(np.float32),
+        draw.normal(0, 0.3, (num_experts, 2, dim, width)).astype(np.float32),
         draw.normal(0, 0.3, (num_experts, width, dim)).astype(np.float32),
     )
     x, gate = draw.normal(size=(batch, seq, dim)), draw.random((batch, seq, top_k))

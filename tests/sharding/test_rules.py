@@ -30,8 +30,8 @@ def test_in_training_parameters_are_split_along_embed_and_activations_along_rows
 
 
 def test_a_mesh_axis_splits_an_array_once_and_experts_come_first():
-    shape, axes = (8, 64, 2, 64), ("experts", "embed", "gate_up", "mlp")
-    expected = P("expert", ("fsdp", "context"), None, "tensor")
+    shape, axes = (8, 2, 64, 64), ("experts", "gate_up", "embed", "mlp")
+    expected = P("expert", None, ("fsdp", "context"), "tensor")
     assert spec(shape, axes, TRAINING.parameters, EVERY) == expected
 
 

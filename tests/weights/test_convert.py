@@ -609,7 +609,7 @@ def test_inspect_says_format_config_with_provenance_differences_and_sizes(scout_
     assert re.search(r"attention_chunk +8 +config\.json: ", result.stdout)
     parameters = sum(array.size for array in hf.reference(SCOUT).state_dict.values())
     assert re.search(rf"in all +{parameters:,} +{parameters * 4 / 2**20:,.1f}", result.stdout)
-    assert re.search(r"layers\.\*\.moe\.gate_up +8 +4 × 64 × 2 × 24 +float32", result.stdout)
+    assert re.search(r"layers\.\*\.moe\.gate_up +8 +4 × 2 × 64 × 24 +float32", result.stdout)
     convert(scout_dir, tmp_path / "run")
     converted = run("inspect", tmp_path / "run", "--tensors")
     assert converted.stdout.startswith(f"{tmp_path}/run: Orbax (ours), checkpoint 0\n")

@@ -83,7 +83,7 @@ def test_a_quantized_directory_is_a_model_at_once(tmp_path):
     expected = quantized_hf(tmp_path / "hf", kind="compressed-tensors")
     model = llama4_jax.from_pretrained(tmp_path / "hf", dtype="float32")
     fused = expected[EXPERTS.format(1) + "gate_up_proj"].astype(np.float32)
-    np.testing.assert_array_equal(model.decoder.rest[1].moe.gate_up[...].reshape(fused.shape), fused)
+    np.testing.assert_array_equal(model.decoder.rest[1].moe.gate_up[...].swapaxes(1, 2).reshape(fused.shape), fused)
     logits = jax.jit(model)(tokens(MAVERICK).astype(np.int32))
     error = np.abs(logits - hf.logits(MAVERICK)).max() / np.abs(hf.logits(MAVERICK)).max()
     assert 1e-3 < error < 0.5  # three bits of mantissa; router choices may flip
@@ -156,7 +156,7 @@ def test_metas_quantized_experts_are_multiplied_by_the_scales_of_their_own_rank(
     for name, array in expected.items():
         layer, key = name.split(".")[1], name[-2:]
         stored = weights.read(f"layers.{layer}.moe.{'down' if key == 'w2' else 'gate_up'}")
-        part = {"w1": (..., 0, slice(None)), "w3": (..., 1, slice(None)), "w2": (...,)}[key]
+        part = {"w1": (slice(None), 0), "w3": (slice(None), 1), "w2": (...,)}[key]
         assert stored.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(stored[part], array, err_msg=name)
     last = f"layers.{META.layers - 1}.moe.down"

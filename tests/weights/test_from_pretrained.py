@@ -63,7 +63,7 @@ def test_on_a_mesh_each_device_holds_its_part_and_the_logits_are_the_same(tmp_pa
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     model = llama4_jax.from_pretrained(tmp_path, mesh=mesh, dtype="float32")
     gate_up = model.decoder.rest[1].moe.gate_up[...]
-    assert gate_up.sharding == NamedSharding(mesh, PartitionSpec("expert", "fsdp", None, "tensor"))
+    assert gate_up.sharding == NamedSharding(mesh, PartitionSpec("expert", None, "fsdp", "tensor"))
     assert {shard.data.size for shard in gate_up.addressable_shards} == {gate_up.size // 8}
     with jax.set_mesh(mesh):
         logits = jax.jit(model)(tokens(case).astype(np.int32))

@@ -223,7 +223,7 @@ def _unequal_weights(ours: Tensors, theirs: Tensors, tolerance: float) -> list[s
         mine = ours[name]
         difference = np.abs(mine - right).max() / (np.abs(right).max() or 1.0)
         if difference > tolerance:
-            swapped = "gate_up" in name and np.array_equal(np.flip(mine, -2), right)
+            swapped = "gate_up" in name and np.array_equal(np.flip(mine, 1), right)
             found.append(f"{name} ({'gate and up are swapped' if swapped else f'by {difference:.0e} of its largest'})")
     return found
 
@@ -358,8 +358,9 @@ def _experts(
             gates = np.take_along_axis(_softmax(logits), chosen, -1)
         case "softmax of the chosen":
             gates = _softmax(own)
-    kernel = weights["moe.gate_up"] if rules.halves == "gate, up" else weights["moe.gate_up"][..., ::-1, :]
-    shared = _swiglu(rows, weights["moe.shared.gate_up.kernel"], weights["moe.shared.down.kernel"])
+    kernel = weights["moe.gate_up"] if rules.halves == "gate, up" else weights["moe.gate_up"][:, ::-1]
+    halves = weights["moe.shared.gate_up.kernel"].swapaxes(0, 1)
+    shared = _swiglu(rows, halves, weights["moe.shared.down.kernel"])
     out = shared if rules.shared else np.zeros_like(shared)
     for expert in np.unique(chosen):
         token, choice = np.nonzero(chosen == expert)
@@ -370,8 +371,8 @@ def _experts(
     return out.reshape(x.shape)
 
 
-def _swiglu(x: np.ndarray, gate_up: Float[np.ndarray, "D 2 F"], down: Float[np.ndarray, "F D"]) -> np.ndarray:
-    gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
+def _swiglu(x: np.ndarray, gate_up: Float[np.ndarray, "2 D F"], down: Float[np.ndarray, "F D"]) -> np.ndarray:
+    gate, up = x @ gate_up[0], x @ gate_up[1]
     return (gate * _sigmoid(gate) * up) @ down
 
 
