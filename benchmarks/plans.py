@@ -15,14 +15,22 @@ from llama4_jax.plan_options import PlanOptions
 from sharding import MeshConfig
 from sharding.chips import topology
 
-# model or config, step, topology, rows, context, mesh
+# model or config, step, topology, rows, context, mesh, flags
 LINES = [
-    ("scout_pretrain", "train", "v5p:4x4x8", 1024, 8192, MeshConfig(data=1, fsdp=8, expert=16)),
-    ("maverick_pretrain", "train", "v5p:4x4x8", 512, 8192, MeshConfig(data=1, fsdp=4, expert=32)),
-    ("behemoth_like", "train", "v5p:8x8x16", 1024, 8192, MeshConfig(data=1, fsdp=64, expert=16)),
-    ("scout", "decode", "v5e:4x4", 16, 8192, MeshConfig(data=1, expert=2, tensor=8)),
-    ("maverick", "decode", "v6e:8x8", 64, 8192, MeshConfig(data=1, expert=8, tensor=8)),
-    ("behemoth_like", "decode", "v5p:4x4x8", 128, 8192, MeshConfig(data=1, expert=16, tensor=8)),
+    ("scout_pretrain", "train", "v5p:4x4x8", 1024, 8192, MeshConfig(data=1, fsdp=8, expert=16), []),
+    ("maverick_pretrain", "train", "v5p:4x4x8", 512, 8192, MeshConfig(data=1, fsdp=2, expert=64), []),
+    (
+        "behemoth_like",
+        "train",
+        "v5p:8x8x16",
+        1024,
+        8192,
+        MeshConfig(data=1, fsdp=64, expert=16),
+        ["--remat", "offload"],
+    ),
+    ("scout", "decode", "v5e:4x4", 16, 8192, MeshConfig(data=1, expert=2, tensor=8), []),
+    ("maverick", "decode", "v6e:8x8", 64, 8192, MeshConfig(data=1, expert=8, tensor=8), []),
+    ("behemoth_like", "decode", "v5p:4x4x8", 128, 8192, MeshConfig(data=1, expert=16, tensor=8), []),
 ]
 
 
@@ -33,14 +41,14 @@ def main(arguments: list[str]) -> int:
     print("| model | step | rows x tokens | chips | mesh | GiB a chip | executed / model FLOPs | read / needed | binds "
           "| est. step | est. MFU, all to no overlap |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name, step, where, rows, context, mesh in LINES:
+    for name, step, where, rows, context, mesh, flags in LINES:
         if {name, step, name.removesuffix("_pretrain")} >= only:
-            print(line(name, step, where, rows, context, mesh), flush=True)
+            print(line(name, step, where, rows, context, mesh, flags), flush=True)
     return 0
 
 
-def line(name: str, step: str, where: str, rows: int, context: int, mesh: MeshConfig) -> str:
-    work = work_of(PlanOptions(name=name, topology=where, step=step, batch=rows, context=context), [])
+def line(name: str, step: str, where: str, rows: int, context: int, mesh: MeshConfig, flags: list[str]) -> str:
+    work = work_of(PlanOptions(name=name, topology=where, step=step, batch=rows, context=context), flags)
     started = time.perf_counter()
     plan = plan_step(work, mesh, topology(where))
     print(f"{name} {step} on {where}: {time.perf_counter() - started:.0f} s to plan", file=sys.stderr)

@@ -25,6 +25,7 @@ from llama4_jax.data.config import DataConfig
 from llama4_jax.infer import generate
 from llama4_jax.infer.sampling import make_sampling
 from llama4_jax.mesh_search import Work, estimate, flags, misfits, nearest, ranked
+from llama4_jax.model.cache import cache_axes
 from llama4_jax.model.config import Precision
 from llama4_jax.model.presets import PRESETS, preset
 from llama4_jax.ops.splash_attention import BLOCK_K
@@ -118,6 +119,7 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         model_traffic=work.model_traffic / mesh.devices.size,
         kernel_flops=functools.partial(kernel_flops, routed_rows=_routed_rows(work, mesh)),
         turns=functools.partial(_turns, chosen_experts=_chosen_experts(work, mesh)),
+        steps=generate.TOKENS_PER_CALL if work.step == "decode" else 1,
         notes=[*notes, *_NOTES],
     )  # fmt: skip
 
@@ -147,7 +149,9 @@ def _chosen_experts(work: Work, mesh: jax.sharding.Mesh) -> float | None:
 
 def _turns(op_name: str, *, chosen_experts: float | None) -> float | None:
     """Decoding multiplies by one expert after another (`grouped_matmul.blocks`), in the only loop that it runs within
-    `shard_map`."""
+    `shard_map`; and a call of it loops over tokens."""
+    if op_name.endswith("(_decode)/while"):
+        return generate.TOKENS_PER_CALL
     return chosen_experts if op_name.endswith("shard_map/while") else None
 
 
@@ -247,8 +251,9 @@ def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
 
     with use_rules(SERVING):
         cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).empty_cache(work.rows, work.context))
-        layers = jax.tree.map(
-            lambda x: placed(x.shape, x.dtype, "batch", "kv_heads", "cache", "head_dim"), cache.layers
+        layers = tuple(
+            jax.tree.map(lambda x, axes=cache_axes(spec.chunk): placed(x.shape, x.dtype, *axes), layer)
+            for spec, layer in zip(config.model.layers, cache.layers, strict=True)
         )
         cache = cache._replace(layers=layers, lengths=placed((work.rows,), jnp.int32, None))
         numbers = placed((work.rows,), jnp.int32, None)
@@ -264,7 +269,7 @@ def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
             graphdef, state, cache, numbers, stopped, scalar, scalar, how, scalar, stops
         )  # fmt: skip
     notes = [
-        "a step is one token of each row: the loop over tokens counts once, and so does what is done once before it",
+        f"a step is one token of each row; what is done once for {generate.TOKENS_PER_CALL} of them is shared out",
         "of its experts a device reads those that the rows choose on average",
     ]
     return lowered, arguments, notes

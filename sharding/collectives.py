@@ -28,9 +28,12 @@ def _gradient(dtype, axes, dimension, like, g):
 
 
 def _scattered(total: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    for axis in axes:
-        total = lax.psum_scatter(total, axis, scatter_dimension=dimension, tiled=True)
-    return total
+    """Its sum over the axes, of which each device keeps its part: over the last axis first, the rest being the less."""
+    before, after = total.shape[:dimension], total.shape[dimension + 1 :]
+    part = total.reshape(*before, *[lax.axis_size(axis) for axis in axes], -1, *after)
+    for i, axis in reversed(list(enumerate(axes))):
+        part = lax.psum_scatter(part, axis, scatter_dimension=dimension + i, tiled=True)
+    return part.reshape(*before, -1, *after)
 
 
 # The empty slice carries w's dtype to the backward pass.

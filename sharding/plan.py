@@ -188,6 +188,7 @@ def make_plan(
     model_traffic: float = 0.0,
     kernel_flops: hlo.KernelFlops = hlo.its_word,
     turns: hlo.Turns = hlo.unknown,
+    steps: int = 1,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Compiles the step, and counts.
@@ -196,6 +197,7 @@ def make_plan(
     - model_flops, model_traffic: what one device must compute in one step, and read
     - kernel_flops: has the last word on the operations of custom kernels
     - turns: how often loops run whose length depends on the data, on average
+    - steps: how many of them one run of the program takes; what it does once for all of them is shared out
     - notes: assumptions of the caller, to stand with the plan's own
 
     A step that needs more memory than the device has gives a plan that does not fit.
@@ -211,7 +213,8 @@ def make_plan(
         "fits": whole is None and used <= topology.chip.memory, "model_flops": model_flops, "peak": topology.chip.bf16,
     }  # fmt: skip
     chip = topology.chip
-    costs = hlo.costs(text, kernel_flops, turns)
+    costs = hlo.Costs()
+    costs.add(hlo.costs(text, kernel_flops, turns), 1 / steps)
     network = Network(topology, mesh)
     sent = network.summary(costs.collectives)
     assumptions = [f"{line} ({count}x)" if count > 1 else line for line, count in costs.assumptions.items()]

@@ -3,7 +3,7 @@
 Two compiled functions do all the work, pure in the model's state and with the cache donated:
 
 - `_prefill` reads a piece of every row's prompt into the cache and draws each row's first token
-- `_decode` runs up to `_TOKENS_PER_CALL` tokens in one loop on the device, since starting a computation costs as much
+- `_decode` runs up to `TOKENS_PER_CALL` tokens in one loop on the device, since starting a computation costs as much
   as a small model's step
 
 Pictures are encoded before them, some tiles at a time (`_encode`).
@@ -31,7 +31,7 @@ from sharding import SERVING, constrain, use_rules
 
 _PIECE = 512  # tokens of each prompt read at once: bounds the memory of a long prompt
 _TILES = 8  # encoded at once: as many tokens of the encoder as a piece of a prompt has, and more
-_TOKENS_PER_CALL = 32
+TOKENS_PER_CALL = 32
 _SECONDS_BETWEEN_REPORTS = 0.1  # to `on_tokens`, about
 _NOTHING = -1  # in place of a token, in a row that has stopped
 
@@ -93,7 +93,7 @@ def generate(
 
     collect(token[:, None])
     stopped = np.isin(token, stops)
-    drawn, limit = 1, _TOKENS_PER_CALL if on_tokens is None else 1
+    drawn, limit = 1, TOKENS_PER_CALL if on_tokens is None else 1
     while drawn < max_new_tokens and not np.all(stopped):
         limit = min(limit, max_new_tokens - drawn)
         started = time.perf_counter()
@@ -103,7 +103,7 @@ def generate(
         drawn += limit
         if on_tokens is not None:
             per_token = (time.perf_counter() - started) / limit
-            limit = int(np.clip(_SECONDS_BETWEEN_REPORTS / per_token, 1, _TOKENS_PER_CALL))
+            limit = int(np.clip(_SECONDS_BETWEEN_REPORTS / per_token, 1, TOKENS_PER_CALL))
     return results
 
 
@@ -265,7 +265,7 @@ def _decode(
     """`limit` more tokens of each row after its newest, `token`; fewer when all rows have stopped."""
     model = nnx.merge(graphdef, state)
     keys = row_keys(seed, len(token))
-    new = jnp.full((len(token), _TOKENS_PER_CALL), _NOTHING, jnp.int32)
+    new = jnp.full((len(token), TOKENS_PER_CALL), _NOTHING, jnp.int32)
 
     def running(carry):
         i, _, _, stopped, _ = carry

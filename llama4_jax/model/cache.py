@@ -41,12 +41,13 @@ def empty_cache(config: ModelConfig, batch: int, max_length: int, dtype) -> Cach
     def layer(chunk: int | None) -> LayerCache:
         slots = max_length if chunk is None else min(chunk, max_length)
         shape = (batch, config.num_kv_heads, slots, config.head_dim)
-        return LayerCache(*(constrain(jnp.zeros(shape, dtype), *_axes(chunk)) for _ in "kv"))
+        return LayerCache(*(constrain(jnp.zeros(shape, dtype), *cache_axes(chunk)) for _ in "kv"))
 
     return Cache(tuple(layer(spec.chunk) for spec in config.layers), jnp.zeros((batch,), jnp.int32))
 
 
-def _axes(chunk: int | None) -> tuple[str | None, ...]:
+def cache_axes(chunk: int | None) -> tuple[str | None, ...]:
+    """Names of the axes of a layer's cache. A chunk is whole on every device of `cache`."""
     return "batch", "kv_heads", "cache" if chunk is None else None, "head_dim"
 
 
@@ -77,7 +78,7 @@ def cached_attention(
     scale: float,
 ) -> tuple[Float[Array, "B N T H"], LayerCache]:
     """Adds the keys and values of the new tokens to the cache, and attends from them to all that they may see in it."""
-    slots = activation_spec(cache.k.shape, *_axes(chunk))
+    slots = activation_spec(cache.k.shape, *cache_axes(chunk))
     new = PartitionSpec(slots[0], slots[1], None, None)  # query heads are split as their kv heads are
     axes = axes_of(slots[2])
 
