@@ -25,7 +25,7 @@ from llama4_jax.data.config import DataConfig
 from llama4_jax.infer import generate
 from llama4_jax.infer.sampling import make_sampling
 from llama4_jax.mesh_search import Work, estimate, flags, misfits, nearest, ranked
-from llama4_jax.model.cache import cache_axes
+from llama4_jax.model.cache import LayerCache, cache_axes
 from llama4_jax.model.config import Precision
 from llama4_jax.model.presets import PRESETS, preset
 from llama4_jax.ops.splash_attention import BLOCK_K
@@ -252,7 +252,7 @@ def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
     with use_rules(SERVING):
         cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).empty_cache(work.rows, work.context))
         layers = tuple(
-            jax.tree.map(lambda x, axes=cache_axes(spec.chunk): placed(x.shape, x.dtype, *axes), layer)
+            LayerCache(*(placed(x.shape, x.dtype, *cache_axes(spec.chunk)) for x in layer))
             for spec, layer in zip(config.model.layers, cache.layers, strict=True)
         )
         cache = cache._replace(layers=layers, lengths=placed((work.rows,), jnp.int32, None))
