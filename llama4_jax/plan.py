@@ -151,7 +151,7 @@ def _turns(op_name: str, *, chosen_experts: float | None) -> float | None:
     """Decoding multiplies by one expert after another (`grouped_matmul.blocks`), in the only loop that it runs within
     `shard_map`; and a call of it loops over tokens."""
     if op_name.endswith("(_decode)/while"):
-        return generate.TOKENS_PER_CALL
+        return float(generate.TOKENS_PER_CALL)
     return chosen_experts if op_name.endswith("shard_map/while") else None
 
 
