@@ -67,8 +67,10 @@ class Stack(nnx.Module):
 
     def run(self, each: Callable[[Any, Array], tuple[Array, Any]], x: Array) -> tuple[Array, list[Any]]:
         """each(layer, x) → (x, out), layer by layer; returns the last x and, in order, each out that is not None."""
+        if self.remat == "offload":
+            each = _named_input(each)
         if self.remat != "none":
-            each = jax.checkpoint(_named_input(each), policy=REMAT_POLICIES[self.remat])
+            each = jax.checkpoint(each, policy=REMAT_POLICIES[self.remat])
 
         def run(layers, x):
             collected = []
