@@ -6,6 +6,7 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
+import pytest
 
 # On another platform some tests say more: JAX_PLATFORMS=cuda pytest tests/ops/test_gpu_kernels.py
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
@@ -13,3 +14,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # Subprocess tests start the command line as a user would; keep their thread pools from fighting for four cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_do_not_pile_up():
+    """Those of a file are of no use to the next, and those of all files take gigabytes."""
+    yield
+    jax.clear_caches()
