@@ -32,7 +32,7 @@ from sharding import hlo
 from sharding.chips import EXAMPLES, GIB, Chip, Topology
 
 # So that libtpu neither looks for a TPU nor minds another process that has loaded it.
-_QUIET = {
+QUIET = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         import libtpu  # noqa: F401
     except ImportError as error:
         raise ValueError("planning for a TPU needs its compiler, which is not installed: pip install libtpu") from error
-    for name, value in _QUIET.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     # A chip of a v4 has two cores, which JAX would show as two devices; all later ones show one of their own accord.
     more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from topologies import tpu
+from topologies import one_chip
 
 from llama4_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 
@@ -37,7 +37,7 @@ def test_megablox_equals_the_reference_where_groups_share_tiles_and_rows_are_lef
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_on_a_tpu_all_three_products_are_kernels_that_compute_no_other_experts(chip):
     experts, rows, dim, width = 16, 4096, 1024, 2048
-    with jax.set_mesh(tpu(chip)):
+    with jax.set_mesh(one_chip(chip)):
         shapes = [(rows, dim), (experts, dim, width), (rows, width)]
         arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes]
 

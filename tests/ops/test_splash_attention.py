@@ -1,6 +1,5 @@
 """The kernels of TPUs and GPUs, as far as a CPU can run them, and compiled for real TPUs."""
 
-import functools
 import re
 from functools import partial
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from topologies import chips
 
 from llama4_jax.ops import attention as attention_module
 from llama4_jax.ops import splash_attention as splash_module
@@ -184,27 +184,6 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can_serve(compiling_for,
 # ---- compiled for TPUs ---------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def topology(name: str):
-    """The devices of a slice that nobody here has. Skips where libtpu, which compiles for them, is not installed."""
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install libtpu")
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
-@pytest.fixture(autouse=True)
-def quiet_libtpu(monkeypatch):
-    """It would ask the cloud's metadata server which machine this is."""
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-
-
 def compiled_for(devices, mesh: MeshConfig, *, chunk, order=CONTIGUOUS, dtype=jnp.bfloat16, length=8192, batch=4):
     """Forward and backward pass of 5 query heads to a key/value head, for each device of a slice of four."""
     mesh = make_mesh(mesh, devices)
@@ -227,7 +206,7 @@ def compiled_for(devices, mesh: MeshConfig, *, chunk, order=CONTIGUOUS, dtype=jn
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_kernel_compiles_for_every_tpu(name):
     """8192 tokens a device, chunks of 2048: the model's shapes."""
-    devices = topology(name)
+    devices = chips(name)
     compiled = compiled_for(devices, MeshConfig(data=len(devices)), chunk=2048, batch=len(devices))
     text = compiled.as_text()
     assert text.count("tpu_custom_call") >= 2 and "all-" not in text and "collective-permute" not in text
@@ -237,12 +216,12 @@ def test_the_kernel_compiles_for_every_tpu(name):
 
 @pytest.mark.parametrize(("chunk", "dtype"), [(None, jnp.bfloat16), (8192, jnp.float32)])
 def test_global_layers_and_float32_compile_too(chunk, dtype):
-    compiled = compiled_for(topology("v5e:2x2"), MeshConfig(data=2, tensor=2), chunk=chunk, dtype=dtype, length=4096)
+    compiled = compiled_for(chips("v5e:2x2"), MeshConfig(data=2, tensor=2), chunk=chunk, dtype=dtype, length=4096)
     assert re.findall("tpu_custom_call", compiled.as_text())
 
 
 def test_chunks_of_a_split_sequence_use_the_kernel_too_and_global_layers_the_ring():
-    devices, mesh = topology("v5e:2x2"), MeshConfig(data=2, context=2)
+    devices, mesh = chips("v5e:2x2"), MeshConfig(data=2, context=2)
     text = compiled_for(devices, mesh, chunk=1024, length=8192, order=Order(True, zigzag=True)).as_text()
     assert "tpu_custom_call" in text and "collective-permute" in text
     aligned = Order(True, aligned=True, zigzag=True)

@@ -1,23 +1,16 @@
 """Meshes over the slices of real TPU topologies, and over hosts with GPUs: `data` takes the slow network."""
 
-import importlib.util
-import os
-
 import jax
 import pytest
-from jax.experimental import topologies
+from topologies import chips
 
 from sharding import MeshConfig, make_mesh
 
 
 @pytest.fixture
-def two_slices(monkeypatch):
+def two_slices():
     """Two slices of eight chips each."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed, which describes TPU topologies")
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-        monkeypatch.setitem(os.environ, name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
+    return chips("v5e:2x4", num_slices=2)
 
 
 @pytest.mark.parametrize(

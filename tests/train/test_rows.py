@@ -1,13 +1,11 @@
 """Each process reads the rows that its devices hold, and all together make the batch that one process would make."""
 
-import importlib.util
 import itertools
-import os
 
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh
+from topologies import chips
 
 from llama4_jax.data.config import DataConfig
 from llama4_jax.data.loader import make_loader
@@ -26,10 +24,7 @@ MESHES = [
 @pytest.fixture(scope="module")
 def pod():
     """Sixty-four chips on sixteen hosts."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed, which describes TPU topologies")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
+    return chips("v5p:4x4x4")
 
 
 @pytest.mark.parametrize("config", MESHES, ids=str)
