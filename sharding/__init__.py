@@ -18,3 +18,4 @@ from sharding.rules import parameter_sharding as parameter_sharding
 from sharding.rules import parameter_spec as parameter_spec
 from sharding.rules import use_rules as use_rules
 from sharding.rules import ways as ways
+from sharding.rules import where_used as where_used

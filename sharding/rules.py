@@ -138,10 +138,17 @@ def parameter_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
 def for_use(w: jax.Array, dtype, *axes: str | None) -> jax.Array:
     """Parameter `w`, with these named axes, as a product uses it: cast to `dtype` where it lives, and then gathered, so
     that what travels is of that dtype. Its gradient goes back to where it lives."""
+    places = where_used(w.shape, *axes)
+    return w.astype(dtype) if places is None else _for_use(w, dtype, *places)
+
+
+def where_used(shape: tuple[int, ...], *axes: str | None) -> tuple[PartitionSpec, PartitionSpec] | None:
+    """Where a parameter lives, and where products use it. None where nothing is to be said: without a mesh, on one
+    device, and in `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return w.astype(dtype)
-    return _for_use(w, dtype, parameter_spec(w.shape, *axes), activation_spec(w.shape, *axes))
+        return None
+    return parameter_spec(shape, *axes), activation_spec(shape, *axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from llama4_jax.ops.dims import Dims
+
 
 def dot_general(
     lhs: Float[Array, "..."],
@@ -34,55 +36,30 @@ def dot_general(
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if lhs.dtype == rhs.dtype == jnp.float32:
         return lax.dot_general(lhs, rhs, dimension_numbers, precision, out_dtype, out_sharding=out_sharding)
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    # Lists become tuples: what custom_vjp does not differentiate must be hashable.
-    numbers = ((tuple(lhs_contract), tuple(rhs_contract)), (tuple(lhs_batch), tuple(rhs_batch)))
-    return _dot_general(lhs, rhs, numbers, precision, out_dtype, out_sharding)
+    return _dot_general(lhs, rhs, Dims.of(lhs, rhs, dimension_numbers), precision, out_dtype, out_sharding)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _dot_general(lhs, rhs, numbers, precision, out_dtype, out_sharding):
-    return _float32_sum(lhs, rhs, numbers, precision, out_sharding).astype(out_dtype)
+def _dot_general(lhs, rhs, dims: Dims, precision, out_dtype, out_sharding):
+    return _float32_sum(lhs, rhs, dims.numbers, precision, out_sharding).astype(out_dtype)
 
 
-def _forward(lhs, rhs, numbers, precision, out_dtype, out_sharding):
-    return _dot_general(lhs, rhs, numbers, precision, out_dtype, out_sharding), (lhs, rhs)
+def _forward(lhs, rhs, dims, precision, out_dtype, out_sharding):
+    return _dot_general(lhs, rhs, dims, precision, out_dtype, out_sharding), (lhs, rhs)
 
 
-def _backward(numbers, precision, out_dtype, out_sharding, operands, g):
+def _backward(dims: Dims, precision, out_dtype, out_sharding, operands, g):
     lhs, rhs = operands
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
-    lhs_kept = [d for d in range(lhs.ndim) if d not in (*lhs_contract, *lhs_batch)]
-    rhs_kept = [d for d in range(rhs.ndim) if d not in (*rhs_contract, *rhs_batch)]
-    # g's dimensions are [batch, lhs_kept, rhs_kept], in this order.
-    batch, g_lhs, g_rhs = _consecutive(len(lhs_batch), len(lhs_kept), len(rhs_kept))
     g = g.astype(lhs.dtype)
-
-    # [batch, lhs_kept, lhs_contract]: a product leaves the other side's dimensions in their own order, so the
-    # contracted ones come out sorted as rhs has them.
-    lhs_grad = _float32_sum(g, rhs, ((g_rhs, rhs_kept), (batch, rhs_batch)), precision)
-    lhs_dims = [*lhs_batch, *lhs_kept, *(c for _, c in sorted(zip(rhs_contract, lhs_contract, strict=True)))]
-    # [batch, rhs_contract, rhs_kept]: lhs first, so that the gradient of weights [in, out] needs no transpose.
-    rhs_grad = _float32_sum(lhs, g, ((lhs_kept, g_lhs), (lhs_batch, batch)), precision)
-    rhs_dims = [*rhs_batch, *(c for _, c in sorted(zip(lhs_contract, rhs_contract, strict=True))), *rhs_kept]
-    return _put_back(lhs_grad, lhs_dims).astype(lhs.dtype), _put_back(rhs_grad, rhs_dims).astype(rhs.dtype)
+    multiply = partial(_float32_sum, precision=precision)
+    lhs_grad, rhs_grad = dims.lhs_gradient(multiply, g, rhs), dims.rhs_gradient(multiply, lhs, g)
+    return lhs_grad.astype(lhs.dtype), rhs_grad.astype(rhs.dtype)
 
 
 _dot_general.defvjp(_forward, _backward)
 
 
-def _consecutive(*lengths: int) -> list[list[int]]:
-    """(2, 1, 2) → [0, 1], [2], [3, 4]."""
-    numbers = iter(range(sum(lengths)))
-    return [[next(numbers) for _ in range(length)] for length in lengths]
-
-
-def _put_back(x: Float[Array, "..."], dims: list[int]) -> Float[Array, "..."]:
-    """Moves dimension i of x to dims[i]."""
-    return jnp.transpose(x, [dims.index(d) for d in range(x.ndim)])
-
-
-def _float32_sum(lhs, rhs, numbers, precision, out_sharding=None) -> Float[Array, "..."]:
+def _float32_sum(lhs, rhs, numbers, precision=None, out_sharding=None) -> Float[Array, "..."]:
     """The product with float32 sums, in float32."""
     product = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
