@@ -1,6 +1,7 @@
 """Where arrays live. Knows jax, not Llama."""
 
 from sharding.collectives import gathered as gathered
+from sharding.collectives import given_back as given_back
 from sharding.collectives import own_part as own_part
 from sharding.mesh import MeshConfig as MeshConfig
 from sharding.mesh import make_mesh as make_mesh

@@ -22,9 +22,9 @@ def gathered(w: jax.Array, dtype, axes: tuple[str, ...], dimension: int) -> jax.
     return w
 
 
-def _gradient(dtype, axes, dimension, like, g):
-    g = g.astype(jnp.float32) if axes else g
-    return (_scattered(g, axes, dimension).astype(like.dtype),)
+def given_back(g: jax.Array, dtype, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """The gradient of a parameter that was `gathered`, given that of what was gathered."""
+    return _scattered(g.astype(jnp.float32) if axes else g, axes, dimension).astype(dtype)
 
 
 def _scattered(total: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
@@ -37,7 +37,10 @@ def _scattered(total: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.A
 
 
 # The empty slice carries w's dtype to the backward pass.
-gathered.defvjp(lambda w, dtype, axes, dimension: (gathered(w, dtype, axes, dimension), w[:0]), _gradient)
+gathered.defvjp(
+    lambda w, dtype, axes, dimension: (gathered(w, dtype, axes, dimension), w[:0]),
+    lambda dtype, axes, dimension, like, g: (given_back(g, like.dtype, axes, dimension),),
+)
 
 
 def own_part(total: jax.Array, home: tuple[str, ...], summed: tuple[str, ...], dimension: int) -> jax.Array:

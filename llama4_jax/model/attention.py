@@ -36,12 +36,7 @@ class Attention(nnx.Module):
         embed = {"embed": config.embed_dim}
         q_heads = {"q_heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        make = {
-            "std": config.init_std,
-            "dtype": precision.params,
-            "matmul": precision.matmul,
-            "rngs": rngs,
-        }
+        make = {"std": config.init_std, "dtype": precision.params, "rngs": rngs}
         self.q = Linear(embed, q_heads, **make)
         self.k = Linear(embed, kv_heads, **make)
         self.v = Linear(embed, kv_heads, **make)

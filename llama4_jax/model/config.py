@@ -5,7 +5,9 @@ Sources: `Llama4TextConfig` of transformers 5.23 and `ModelArgs` of llama-models
 """
 
 import dataclasses
+import fnmatch
 import functools
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -216,6 +218,10 @@ class ModelConfig:
         return sum(spec.moe for spec in self.layers)
 
 
+Matmul = Literal["default", "bf16", "fp8", "fp8_row", "fp8_block", "fp8_e5m2"]
+MATMULS: tuple[str, ...] = typing.get_args(Matmul)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """Which number formats are used where. Positions, angles, norms, router and softmax are float32 always."""
@@ -223,13 +229,44 @@ class Precision:
     params: str = "float32"  # parameters as they are stored and updated
     compute: str = "float32"  # activations and operands of the matrix products
     logits: str = "float32"  # what the model returns
-    matmul: str = "default"  # the `dot_general` of every linear layer; see `llama4_jax.ops.dot_general`
+    matmul: Matmul = "default"  # the products of linear layers and experts; see `llama4_jax.ops.dot_general`
+    # Exceptions, "PATTERN=MATMUL", the first that fits: layers.0.*=bf16, *.moe.experts=fp8_row, vision.*=default.
+    # The router and the head keep the default, unless a pattern ends in their name: *.moe.router=fp8.
+    rules: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("params", "compute", "logits"):
             value = getattr(self, name)
             if value not in ("float32", "bfloat16"):
                 raise ValueError(f"precision.{name} must be float32 or bfloat16, got {value!r}.")
+        if self.matmul not in MATMULS:
+            raise ValueError(f"precision.matmul must be one of {', '.join(MATMULS)}, got {self.matmul!r}.")
+        for rule in self.rules:
+            pattern, equals, matmul = rule.rpartition("=")
+            if not equals or not pattern or matmul not in MATMULS:
+                raise ValueError(
+                    f"precision.rules: {rule!r} must be PATTERN=MATMUL, such as layers.0.*=bf16, with a matmul of "
+                    f"{', '.join(MATMULS)}."
+                )
+
+    def rule_for(self, layer: str) -> str | None:
+        """The rule that decides for the linear layer of this name, such as layers.3.attention.q; None: none does."""
+        last = layer.rpartition(".")[2]
+        for rule in self.rules:
+            pattern = rule.rpartition("=")[0]
+            if fnmatch.fnmatchcase(layer, pattern) and (last not in _EXACT or pattern.rpartition(".")[2] == last):
+                return rule
+        return None
+
+    def matmul_of(self, layer: str) -> str:
+        rule = self.rule_for(layer)
+        if rule is not None:
+            return rule.rpartition("=")[2]
+        return "default" if layer.rpartition(".")[2] in _EXACT else self.matmul
+
+
+# They decide which expert, and which token: in fewer bits only by their own name.
+_EXACT = ("router", "lm_head")
 
 
 def difference(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

@@ -27,7 +27,7 @@ class DecoderLayer(nnx.Module):
         if spec.moe:
             self.moe = MoE(config, precision, rngs=rngs)
         else:
-            make = {"std": config.init_std, "dtype": precision.params, "matmul": precision.matmul, "rngs": rngs}
+            make = {"std": config.init_std, "dtype": precision.params, "rngs": rngs}
             self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, **make)
         self.spec = spec
 

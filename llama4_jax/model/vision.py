@@ -42,7 +42,7 @@ class VisionEncoder(Stack):
         key: Array,
     ):
         layers_key, ends_key = jax.random.split(key)
-        make = {"std": init_std, "dtype": precision.params, "matmul": precision.matmul}
+        make = {"std": init_std, "dtype": precision.params}
 
         def make_layer(_, layer_key: Array) -> VisionLayer:
             return VisionLayer(config, **make, rngs=nnx.Rngs(params=layer_key))
@@ -90,8 +90,8 @@ class VisionEncoder(Stack):
 class VisionLayer(nnx.Module):
     """h = x + attention(norm(x)); h + mlp(norm(h)). Every patch of a tile sees every other."""
 
-    def __init__(self, config: VisionConfig, *, std: float, dtype, matmul: str, rngs: nnx.Rngs):
-        make = {"std": std, "dtype": dtype, "matmul": matmul, "rngs": rngs}
+    def __init__(self, config: VisionConfig, *, std: float, dtype, rngs: nnx.Rngs):
+        make = {"std": std, "dtype": dtype, "rngs": rngs}
         norm = {"eps": config.norm_eps, "dtype": dtype}
         self.attention_norm = LayerNorm(config.embed_dim, **norm)
         self.attention = VisionAttention(config, **make)
@@ -106,10 +106,10 @@ class VisionLayer(nnx.Module):
 class VisionAttention(nnx.Module):
     """Bidirectional attention with biases, and RoPE over the columns and rows of the tile."""
 
-    def __init__(self, config: VisionConfig, *, std: float, dtype, matmul: str, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, std: float, dtype, rngs: nnx.Rngs):
         embed = {"embed": config.embed_dim}
         heads = {"q_heads": config.num_heads, "head_dim": config.head_dim}
-        make = {"std": std, "dtype": dtype, "matmul": matmul, "rngs": rngs, "bias": True}
+        make = {"std": std, "dtype": dtype, "rngs": rngs, "bias": True}
         self.q = Linear(embed, heads, **make)
         self.k = Linear(embed, heads, **make)
         self.v = Linear(embed, heads, **make)
@@ -124,8 +124,8 @@ class VisionAttention(nnx.Module):
 class MLP(nnx.Module):
     """fc2(gelu(fc1(x))), with biases."""
 
-    def __init__(self, dim: int, width: int, *, std: float, dtype, matmul: str, rngs: nnx.Rngs):
-        make = {"std": std, "dtype": dtype, "matmul": matmul, "rngs": rngs, "bias": True}
+    def __init__(self, dim: int, width: int, *, std: float, dtype, rngs: nnx.Rngs):
+        make = {"std": std, "dtype": dtype, "rngs": rngs, "bias": True}
         self.fc1 = Linear({"embed": dim}, {"mlp": width}, **make)
         self.fc2 = Linear({"mlp": width}, {"embed": dim}, **make)
 
@@ -136,8 +136,8 @@ class MLP(nnx.Module):
 class Adapter(nnx.Module):
     """gelu(fc2(gelu(fc1(x)))), without biases."""
 
-    def __init__(self, config: VisionConfig, *, std: float, dtype, matmul: str, rngs: nnx.Rngs):
-        make = {"std": std, "dtype": dtype, "matmul": matmul, "rngs": rngs}
+    def __init__(self, config: VisionConfig, *, std: float, dtype, rngs: nnx.Rngs):
+        make = {"std": std, "dtype": dtype, "rngs": rngs}
         self.fc1 = Linear({"embed": config.shuffled_dim}, {"mlp": config.adapter_dim}, **make)
         self.fc2 = Linear({"mlp": config.adapter_dim}, {"embed": config.output_dim}, **make)
 

@@ -18,6 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from llama4_jax.ops.dims import Dims
+from llama4_jax.ops.fp8 import Fp8DotGeneral, fp8_dot_general
+from sharding import for_use
 
 
 def dot_general(
@@ -75,7 +77,23 @@ def _float32_sum(lhs, rhs, numbers, precision=None, out_sharding=None) -> Float[
     return lax.platform_dependent(lhs, rhs, cpu=twice, default=lambda lhs, rhs: product(lhs, rhs, numbers))
 
 
-DOT_GENERALS: dict[str, Callable] = {"auto": dot_general, "default": dot_general}
+def bfloat16_dot_general(
+    lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None
+) -> Float[Array, "..."]:
+    """`dot_general` of bfloat16 copies of its operands, whatever their dtype; results and gradients are of theirs."""
+    out_dtype = lhs.dtype if preferred_element_type is None else preferred_element_type
+    lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
+    return dot_general(lhs, rhs, dimension_numbers, precision, out_dtype, out_sharding=out_sharding)
+
+
+DOT_GENERALS: dict[str, Callable] = {
+    "default": dot_general,
+    "bf16": bfloat16_dot_general,
+    "fp8": fp8_dot_general("tensor"),
+    "fp8_row": fp8_dot_general("row"),
+    "fp8_block": fp8_dot_general("block", gradient="float8_e4m3fn"),  # as DeepSeek-V3; numerics only
+    "fp8_e5m2": fp8_dot_general("tensor", forward="float8_e5m2"),  # two bits of mantissa are too few: a control
+}
 
 
 def make_dot_general(name: str) -> Callable:
@@ -83,6 +101,18 @@ def make_dot_general(name: str) -> Callable:
     if name not in DOT_GENERALS:
         raise ValueError(f"unknown matmul {name!r}: expected one of {', '.join(DOT_GENERALS)}.")
     return DOT_GENERALS[name]
+
+
+def linear(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], axes: tuple[str, ...], num_contract: int, matmul: str
+) -> Float[Array, "..."]:
+    """x [..., in dims] · a parameter [in dims, out dims] whose axes have these names, by the `dot_general` of this
+    name. On a mesh the parameter is gathered in what it is multiplied in."""
+    multiply = make_dot_general(matmul)
+    if isinstance(multiply, Fp8DotGeneral):
+        return multiply.linear(x, kernel, axes, num_contract)
+    dtype = jnp.bfloat16 if multiply is bfloat16_dot_general else x.dtype
+    return contract(x, for_use(kernel, dtype, *axes), num_contract=num_contract, dot_general=multiply)
 
 
 def contract(

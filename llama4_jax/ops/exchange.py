@@ -12,7 +12,8 @@ Two transports, which move the same rows:
 - "ragged": each row goes to its device alone, by `lax.ragged_all_to_all`; an axis of P devices moves a P-th of the
   bytes. TPU (XLA has none on a CPU).
 
-The backward pass runs the same rounds again, and keeps nothing of the forward pass but its arguments.
+Of the last round, which is mostly the only one, the forward pass keeps what the backward pass needs. Earlier ones are
+computed again there: how many there are is not known when memory is set aside.
 """
 
 from collections.abc import Callable
@@ -22,15 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from llama4_jax.ops.expert_feed_forward import ExpertWeights, FeedForward, dtypes_of
 from sharding import platform, ways
 
 # A device has room for so many times its even share: what one round takes of experts that are almost balanced.
 ROOM = 1.25
-
-# (rows sorted by expert [R D], rows of each expert here, weights) -> [R D]
-Apply = Callable[[Float[Array, "R D"], Int[Array, " E"], Any], Float[Array, "R D"]]
 
 
 class Window(NamedTuple):
@@ -130,22 +129,24 @@ TRANSPORTS = {"gather": _Gather, "ragged": _Ragged}
 
 
 def exchange(
-    apply: Apply,
+    how: FeedForward,
     axes: tuple[str, ...],
     all_axes: tuple[str, ...],
     transport: str,
     rows: Float[Array, "R D"],
     counts: Int[Array, " E"],
-    weights: Any,
+    weights: ExpertWeights,
 ) -> Float[Array, "R D"]:
-    """Within `shard_map`: `apply` to each row on the device of its expert. Differentiable in `rows` and `weights`.
+    """Within `shard_map`: each row through its expert, on the device of its expert. Differentiable in `rows` and
+    `weights`.
 
+    - how: what is computed there
     - axes: mesh axes that split the experts, in order
     - all_axes: those that split the tokens, `axes` among them
     - transport: a key of TRANSPORTS, or "auto": the best for the platform
     - rows: sorted by expert, of all experts; after the last one's, rows that are not sent and give 0
     - counts: how many rows of this device chose each expert
-    - weights: of this device's experts
+    - weights: of this device's experts, as it holds them
 
     Raises ValueError for an unknown transport.
     """
@@ -153,61 +154,95 @@ def exchange(
         transport = "ragged" if platform() == "tpu" else "gather"
     if transport not in TRANSPORTS:
         raise ValueError(f"unknown transport {transport!r}: expected one of {', '.join(['auto', *TRANSPORTS])}.")
-    return _exchange(apply, axes, all_axes, transport, rows, counts, weights)
+    return _exchange(how, _Way(axes, all_axes, transport), rows, counts, weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _exchange(apply, axes, all_axes, transport, rows, counts, weights):
-    move = TRANSPORTS[transport]
-    held = move.hold(rows, axes)
+class _Way(NamedTuple):
+    axes: tuple[str, ...]
+    all_axes: tuple[str, ...]
+    transport: str
 
-    def one(window: Window, out):
-        y = apply(move.take(held, window, axes), window.group_sizes, weights)
-        return move.put(out, y, window, axes)
-
-    return move.finish(_rounds(one, jnp.zeros_like(held), axes, all_axes, counts, len(rows)), axes)
+    @property
+    def move(self):
+        return TRANSPORTS[self.transport]
 
 
-def _forward(apply, axes, all_axes, transport, rows, counts, weights):
-    return _exchange(apply, axes, all_axes, transport, rows, counts, weights), (rows, counts, weights)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exchange(how: FeedForward, way: _Way, rows, counts, weights):
+    used, held = how.prepare(weights, rows.dtype), way.move.hold(rows, way.axes)
+
+    def one(window: Window, last, out):
+        y, _ = how.forward(way.move.take(held, window, way.axes), window.group_sizes, used)
+        return way.move.put(out, y, window, way.axes)
+
+    return way.move.finish(_rounds(one, jnp.zeros_like(held), way, counts, len(rows)), way.axes)
 
 
-def _backward(apply, axes, all_axes, transport, saved, g):
-    rows, counts, weights = saved
-    move = TRANSPORTS[transport]
-    held, held_g = move.hold(rows, axes), move.hold(g, axes)
+def _forward(how: FeedForward, way: _Way, rows, counts, weights):
+    used, held = how.prepare(weights, rows.dtype), way.move.hold(rows, way.axes)
 
-    def one(window: Window, carry):
-        d_rows, d_weights = carry
-        x, g = move.take(held, window, axes), move.take(held_g, window, axes)
-        _, pull = jax.vjp(lambda x, weights: apply(x, window.group_sizes, weights), x, weights)
-        d_x, d_w = pull(g)
-        d_weights = jax.tree.map(lambda total, d: total + d.astype(jnp.float32), d_weights, d_w)
-        return move.put(d_rows, d_x, window, axes), d_weights
+    def one(window: Window, last, carry):
+        out, _ = carry
+        y, saved = how.forward(way.move.take(held, window, way.axes), window.group_sizes, used)
+        return way.move.put(out, y, window, way.axes), saved
 
-    zeros = jnp.zeros_like(held), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    d_rows, d_weights = _rounds(one, zeros, axes, all_axes, counts, len(rows))
-    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
-    return move.finish(d_rows, axes), None, d_weights
+    room = _room(len(rows), way)
+    shapes = jax.eval_shape(
+        lambda x, used: how.forward(x, jnp.zeros(counts.size // ways(way.axes), jnp.int32), used)[1],
+        jax.ShapeDtypeStruct((room, rows.shape[1]), rows.dtype),
+        used,
+    )
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    out, saved = _rounds(one, (jnp.zeros_like(held), nothing), way, counts, len(rows))
+    return way.move.finish(out, way.axes), (rows, counts, used, saved, dtypes_of(weights))
+
+
+def _backward(how: FeedForward, way: _Way, residuals, g):
+    rows, counts, used, saved, like = residuals
+    held_g = way.move.hold(g, way.axes)
+
+    def one(window: Window, last: Bool[Array, ""], carry):
+        d_rows, d_used = carry
+
+        def again():
+            x = way.move.take(way.move.hold(rows, way.axes), window, way.axes)
+            return how.forward(x, window.group_sizes, used)[1]
+
+        d_x, d_new = how.backward(
+            lax.cond(last, lambda: saved, again),
+            window.group_sizes,
+            used,
+            way.move.take(held_g, window, way.axes),
+        )
+        d_used = jax.tree.map(lambda total, d: total + d.astype(jnp.float32), d_used, d_new)
+        return way.move.put(d_rows, d_x, window, way.axes), d_used
+
+    nothing = jnp.zeros_like(held_g), how.gradients_like(used)
+    d_rows, d_used = _rounds(one, nothing, way, counts, len(rows))
+    return way.move.finish(d_rows, way.axes), None, how.give_back(d_used, (like[0].dtype, like[1].dtype))
 
 
 _exchange.defvjp(_forward, _backward)
 
 
-def _rounds(one: Callable[[Window, Any], Any], carry, axes, all_axes, counts: Int[Array, " E"], num_rows: int):
-    """carry = one(window, carry) until all rows have come to their devices."""
-    devices = ways(axes)
-    room = min(devices * num_rows, _rounded_up(int(ROOM * num_rows)))
-    counts = lax.all_gather(counts, axes)
+def _rounds(one: Callable[[Window, Bool[Array, ""], Any], Any], carry, way: _Way, counts: Int[Array, " E"], num_rows):
+    """carry = one(window, whether it is the last, carry) until all rows have come to their devices; once at least."""
+    devices, room = ways(way.axes), _room(num_rows, way)
+    counts = lax.all_gather(counts, way.axes)
     fullest = counts.sum(0).reshape(devices, -1).sum(1).max()
     # As many on every device of the mesh, since the devices of an axis wait for each other in each.
-    turns = lax.pmax((fullest + room - 1) // room, all_axes)
+    turns = jnp.maximum(lax.pmax((fullest + room - 1) // room, way.all_axes), 1)
 
     def body(state):
         turn, carry = state
-        return turn + 1, one(_window(counts, axes, num_rows, room, turn * room), carry)
+        return turn + 1, one(_window(counts, way.axes, num_rows, room, turn * room), turn == turns - 1, carry)
 
     return lax.while_loop(lambda state: state[0] < turns, body, (jnp.int32(0), carry))[1]
+
+
+def _room(num_rows: int, way: _Way) -> int:
+    """How many rows a device takes in a round."""
+    return min(ways(way.axes) * num_rows, _rounded_up(int(ROOM * num_rows)))
 
 
 def _rounded_up(rows: int) -> int:

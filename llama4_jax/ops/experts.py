@@ -12,7 +12,6 @@ Dropless: sorted by expert and multiplied in groups, every choice of every token
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,17 +21,14 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from llama4_jax.ops.dot_general import bfloat16_dot_general, make_dot_general
 from llama4_jax.ops.exchange import exchange
-from llama4_jax.ops.grouped_matmul import KERNELS, choose, grouped_matmul
+from llama4_jax.ops.expert_feed_forward import ExpertWeights, FeedForward, feed_forward
+from llama4_jax.ops.expert_products import Split, make_product
+from llama4_jax.ops.fp8 import Fp8DotGeneral
+from llama4_jax.ops.grouped_matmul import KERNELS, choose
 from llama4_jax.ops.on_mesh import on_mesh
-from llama4_jax.ops.swiglu import swiglu, swiglu_flat
-from sharding import activation_spec, axes_of, gathered, parameter_spec, ways
-
-
-class ExpertWeights(NamedTuple):
-    gate_up: Float[Array, "E 2 D F"] | Float[Array, "E D FF"]  # the halves apart, or side by side for a kernel
-    down: Float[Array, "E F D"]
-
+from sharding import activation_spec, axes_of, parameter_spec, ways
 
 GATE_UP_AXES = ("experts", "gate_up", "embed", "mlp")
 DOWN_AXES = ("experts", "mlp", "embed")
@@ -44,66 +40,63 @@ def experts(
     gate: Float[Array, "B T top_k"],
     weights: ExpertWeights,
     *,
+    matmul: str = "default",
     implementation: str = "auto",
     transport: str = "auto",
 ) -> Float[Array, "B T D"]:
-    """Σ over a token's choices of expert(gate · x): a gate scales the *input*. In x's dtype; weights are cast to it.
+    """Σ over a token's choices of expert(gate · x): a gate scales the *input*. In x's dtype, summed in float32.
 
     - expert: which experts each token chose; one that does not exist, such as E, is none, and gives 0
+    - matmul: what is multiplied, a name of `dot_general.DOT_GENERALS`
     - implementation: of `grouped_matmul`
     - transport: of `exchange`, where the mesh in use splits tokens and experts
 
-    Raises ValueError for an unknown implementation or transport.
+    Raises ValueError for an unknown matmul, implementation or transport.
     """
+    dot_general = make_dot_general(matmul)
+    if dot_general is bfloat16_dot_general and x.dtype != jnp.bfloat16:
+        how = {"matmul": "default", "implementation": implementation, "transport": transport}
+        return experts(x.astype(jnp.bfloat16), expert, gate, weights, **how).astype(x.dtype)
     tokens = activation_spec(x.shape, "rows", "seq", "embed")
     choices = PartitionSpec(*tokens[:2], None)
+    token_axes = (*axes_of(tokens[0]), *axes_of(tokens[1]))
     if implementation == "auto":
-        implementation = choose(math.prod(expert.shape) // ways((*axes_of(tokens[0]), *axes_of(tokens[1]))))
+        implementation = choose(math.prod(expert.shape) // ways(token_axes))
     parts = ExpertWeights(
         parameter_spec(weights.gate_up.shape, *GATE_UP_AXES), parameter_spec(weights.down.shape, *DOWN_AXES)
     )
     expert_axes, width_axes = axes_of(parts.down[0]), axes_of(parts.down[1])
-    token_axes = (*axes_of(tokens[0]), *axes_of(tokens[1]))
     travel = set(expert_axes) <= set(token_axes)
+    row_axes = tuple(axis for axis in token_axes if axis not in expert_axes)
+    recipe = dot_general if isinstance(dot_general, Fp8DotGeneral) else None
+    into = Split(gathered=axes_of(parts.gate_up[2]), dimension=-2, outer=width_axes, rows=row_axes)
+    out_of = Split(gathered=axes_of(parts.down[2]), dimension=-1, inner=width_axes, rows=row_axes)
+    how = FeedForward(
+        make_product(implementation, recipe, into),
+        make_product(implementation, recipe, out_of),
+        flat=implementation in KERNELS,
+    )
 
     def on_device(x, expert, gate, weights):
-        gate_up = weights.gate_up
-        if implementation in KERNELS:  # before they are gathered, when it is the least to copy
-            gate_up = rearrange(gate_up, "E two D F -> E D (two F)")
-        own = ExpertWeights(
-            gathered(gate_up, x.dtype, axes_of(parts.gate_up[2]), gate_up.ndim - 2),
-            gathered(weights.down, x.dtype, axes_of(parts.down[2]), 2),
-        )
         rows, expert, gate = (rearrange(y, "B T n -> (B T) n") for y in (x, expert, gate))
         if expert_axes and travel:
-            num_experts = len(own.down) * ways(expert_axes)
-            routing = sort_by_expert(expert, gate, num_experts)
-            multiply = partial(_multiply, implementation)
+            routing = sort_by_expert(expert, gate, len(weights.down) * ways(expert_axes))
             sent = dispatch(rows, routing) * routing.gate.astype(x.dtype)[:, None]
-            y = exchange(multiply, expert_axes, token_axes, transport, sent, routing.group_sizes, own)
+            y = exchange(how, expert_axes, token_axes, transport, sent, routing.group_sizes, weights)
             y, summed = combine(y, routing), width_axes
         else:
-            expert -= lax.axis_index(expert_axes) * len(own.down) if expert_axes else 0
-            y, summed = _local(rows, expert, gate, own, implementation), (*expert_axes, *width_axes)
+            expert -= lax.axis_index(expert_axes) * len(weights.down) if expert_axes else 0
+            y, summed = _local(how, rows, expert, gate, weights), (*expert_axes, *width_axes)
         return (lax.psum(y, summed) if summed else y).reshape(x.shape)
 
     return on_mesh(on_device, (tokens, choices, choices, parts), tokens)(x, expert, gate, weights)
 
 
-def _local(rows, expert, gate, weights: ExpertWeights, implementation: str) -> Float[Array, "tokens D"]:
+def _local(how: FeedForward, rows, expert, gate, weights: ExpertWeights) -> Float[Array, "tokens D"]:
     """Of the experts that are here; choices of others give 0."""
     routing = sort_by_expert(expert, gate, len(weights.down))
     x = dispatch(rows, routing) * routing.gate.astype(rows.dtype)[:, None]
-    return combine(_multiply(implementation, x, routing.group_sizes, weights), routing)
-
-
-def _multiply(
-    implementation: str, x: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
-) -> Float[Array, "R D"]:
-    """Each row through the expert of its group."""
-    product = partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
-    between = swiglu if weights.gate_up.ndim == 4 else swiglu_flat
-    return product(between(product(x, weights.gate_up)), weights.down)
+    return combine(feed_forward(how, x, routing.group_sizes, weights), routing)
 
 
 class Routing(NamedTuple):

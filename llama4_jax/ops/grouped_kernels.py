@@ -7,10 +7,8 @@ kernel writes, are set to 0.
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -28,7 +26,7 @@ class Kernels(NamedTuple):
     width: int
 
 
-def megablox(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R *O"]:
+def megablox(x: Float[Array, "R I"]) -> Kernels:
     """`jax.experimental.pallas.ops.tpu.megablox`: only tiles with rows of a group are computed. On a CPU Pallas
     interprets it, which is slow and for tests. Raises ValueError on other platforms."""
     if platform() not in ("tpu", "cpu"):
@@ -49,10 +47,10 @@ def megablox(x: Float[Array, "R I"], w: Float[Array, "E I *O"], group_sizes: Int
     def outer(x, g, sizes):
         return kernel.tgmm(x.T, g, sizes, x.dtype, tiling(x.shape[1], g.shape[1]), interpret=interpret)
 
-    return _product(Kernels(rows, outer, tile, 1), x, w.astype(x.dtype), group_sizes)
+    return Kernels(rows, outer, tile, 1)
 
 
-def mosaic_gpu(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+def mosaic_gpu(x: Float[Array, "R I"]) -> Kernels:
     """`jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`, for Hopper's tensor cores. Raises ValueError on other
     platforms, and for other dtypes than bfloat16 and float16."""
     if platform() != "gpu":
@@ -72,30 +70,35 @@ def mosaic_gpu(x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: In
         x, g = _of_groups(x, sizes), _of_groups(g, sizes)
         return transposed_dot(x, g, group_sizes=sizes, **blocks)
 
-    return _product(Kernels(rows, outer, 128, 128), x, w.astype(x.dtype), group_sizes)
+    return Kernels(rows, outer, 128, 128)
 
 
-def _product(kernels: Kernels, x, w, group_sizes):
-    """With rows and widths padded to the kernels' tiles, and the padding cut off again."""
-    rows, width = x.shape[0], w.shape[2]
-    x = _padded(_padded(x, 0, kernels.tile), 1, kernels.width)
-    w = _padded(_padded(w, 1, kernels.width), 2, kernels.width)
-    return _multiply(kernels, x, w, group_sizes)[:rows, :width]
+def forward(
+    kernels: Kernels, x: Float[Array, "R I"], w: Float[Array, "E I O"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "R O"]:
+    """Rows times the matrix of their group, in x's dtype."""
+    padded = _padded(_padded(w.astype(x.dtype), 1, kernels.width), 2, kernels.width)
+    y = kernels.rows(_whole_tiles(x, kernels), padded, group_sizes, False)
+    return _of_groups(y, group_sizes)[: x.shape[0], : w.shape[2]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(kernels: Kernels, x, w, group_sizes):
-    return _of_groups(kernels.rows(x, w, group_sizes, False), group_sizes)
+def backward(
+    kernels: Kernels,
+    x: Float[Array, "R I"],
+    w: Float[Array, "E I O"],
+    g_x: Float[Array, "R O"],
+    g_w: Float[Array, "R O"],
+    group_sizes: Int[Array, " E"],
+) -> tuple[Float[Array, "R I"], Float[Array, "E I O"]]:
+    """g_x · wᵀ and, for each group, xᵀ · g_w, in x's dtype."""
+    padded = _padded(_padded(w.astype(x.dtype), 1, kernels.width), 2, kernels.width)
+    d_x = kernels.rows(_whole_tiles(g_x.astype(x.dtype), kernels), padded, group_sizes, True)
+    d_w = kernels.outer(_whole_tiles(x, kernels), _whole_tiles(g_w.astype(x.dtype), kernels), group_sizes)
+    return _of_groups(d_x, group_sizes)[: x.shape[0], : x.shape[1]], d_w[:, : w.shape[1], : w.shape[2]]
 
 
-def _backward(kernels: Kernels, saved, g):
-    x, w, group_sizes = saved
-    g = g.astype(x.dtype)
-    d_x = _of_groups(kernels.rows(g, w, group_sizes, True), group_sizes)
-    return d_x, kernels.outer(x, g, group_sizes).astype(w.dtype), None
-
-
-_multiply.defvjp(lambda kernels, *operands: (_multiply(kernels, *operands), operands), _backward)
+def _whole_tiles(rows: Float[Array, "R N"], kernels: Kernels) -> Float[Array, "_ _"]:
+    return _padded(_padded(rows, 0, kernels.tile), 1, kernels.width)
 
 
 def _of_groups(rows: Float[Array, "R N"], group_sizes: Int[Array, " E"]) -> Float[Array, "R N"]:

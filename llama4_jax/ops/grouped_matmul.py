@@ -17,6 +17,7 @@ Written for how XLA compiles such loops, on a CPU above all, where a step is bou
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llama4_jax.ops.grouped_kernels import megablox, mosaic_gpu
+from llama4_jax.ops import grouped_kernels
 from sharding import platform
 
 
@@ -38,46 +39,75 @@ def grouped_matmul(
         w: one matrix a group, or several (P, such as gate and up). Where its dtype is not x's, it is cast, one group at
             a time.
         group_sizes: how many rows each group has; zeros are fine. Their sum must not exceed R.
-        implementation: a key of IMPLEMENTATIONS, or "auto": the best one for the platform it is compiled for.
+        implementation: a key of PRODUCTS, or "auto": the best one for the platform it is compiled for.
 
     Returns the products in x's dtype, summed in float32. So are both gradients; w's is in w's dtype.
     Raises ValueError for an unknown implementation, and one that cannot serve here.
     """
     if implementation == "auto":
         implementation = choose(x.shape[0])
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(["auto", *IMPLEMENTATIONS])
+    if implementation not in PRODUCTS:
+        known = ", ".join(["auto", *PRODUCTS])
         raise ValueError(f"unknown grouped_matmul implementation {implementation!r}: expected one of {known}.")
-    return IMPLEMENTATIONS[implementation](x, w, group_sizes)
+    return _grouped_matmul(PRODUCTS[implementation], x, w, group_sizes)
 
 
-def reference(
-    x: Float[Array, "R I"], w: Float[Array, "E *P I O"], group_sizes: Int[Array, " E"]
-) -> Float[Array, "R *P O"]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(products: "Products", x, w, group_sizes):
+    return products.forward(x, w, group_sizes, x.dtype)
+
+
+def _backward(products: "Products", operands, g):
+    x, w, group_sizes = operands
+    return *products.backward(x, w, g, g, group_sizes, (x.dtype, w.dtype)), None
+
+
+_grouped_matmul.defvjp(lambda products, *operands: (_grouped_matmul(products, *operands), operands), _backward)
+
+
+class Products(NamedTuple):
+    """What an implementation computes; sums are float32.
+
+    - forward: (x [R I], w [E *P I O], group_sizes, dtype, scales) → x · w of its group, [R *P O] in `dtype`
+    - backward: (x, w, g_x [R *P O], g_w [R *P O], group_sizes, dtypes, scales) → g_x · wᵀ of its group [R I], and for
+      each group xᵀ · g_w [E *P I O], in these two dtypes; g_x and g_w are the same but for rounding
+
+    `scales`, where an implementation takes them, multiply the sums: of rows [R 1] and of columns [E *P 1 O or 1] in
+    `forward`, of g_x · wᵀ [R 1] and of xᵀ · g_w [E *P 1 O or 1] in `backward`.
+    """
+
+    forward: Callable[..., Array]
+    backward: Callable[..., tuple[Array, Array]]
+
+
+Scales = tuple[Float[Array, "R 1"], Float[Array, "E *P 1 O"] | None]
+
+
+def _reference(x, w, group_sizes, dtype) -> Float[Array, "R *P O"]:
     """Every row times every matrix, then the right one picked: E times the work, and obviously right."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[:, None]
     chosen = (row >= ends - group_sizes) & (row < ends)
     every = jnp.einsum("RI,E...IO->RE...O", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
     chosen = chosen.reshape(*chosen.shape, *[1] * (every.ndim - 2))
-    return jnp.sum(jnp.where(chosen, every, 0), axis=1).astype(x.dtype)
+    return jnp.sum(jnp.where(chosen, every, 0), axis=1).astype(dtype)
 
 
-def blocks(
-    x: Float[Array, "R I"], w: Float[Array, "E *P I O"], group_sizes: Int[Array, " E"]
-) -> Float[Array, "R *P O"]:
-    """One product a group, of the smallest compiled height that holds it."""
-    if x.shape[0] == 1:  # XLA:CPU has no fast product of a single row; in 16 bits it is 10 times slower than of two
-        return _blocks(jnp.pad(x, ((0, 1), (0, 0))), w, group_sizes)[:1]
-    return _blocks(x, w, group_sizes)
+def _reference_backward(x, w, g_x, g_w, group_sizes, dtypes):
+    _, pull = jax.vjp(lambda x, w: _reference(x, w, group_sizes, x.dtype), x, w)
+    return pull(g_x.astype(x.dtype))[0].astype(dtypes[0]), pull(g_w.astype(x.dtype))[1].astype(dtypes[1])
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "reference": reference,
-    "blocks": blocks,
-    "megablox": megablox,
-    "mosaic_gpu": mosaic_gpu,
-}
+def _by_kernels(kernels: Callable[[Array], grouped_kernels.Kernels]) -> Products:
+    def forward(x, w, group_sizes, dtype):
+        return grouped_kernels.forward(kernels(x), x, w, group_sizes).astype(dtype)
+
+    def backward(x, w, g_x, g_w, group_sizes, dtypes):
+        d_x, d_w = grouped_kernels.backward(kernels(x), x, w, g_x, g_w, group_sizes)
+        return d_x.astype(dtypes[0]), d_w.astype(dtypes[1])
+
+    return Products(forward, backward)
+
 
 # Their columns must be one dimension.
 KERNELS = ("megablox", "mosaic_gpu")
@@ -92,47 +122,84 @@ def choose(rows: int) -> str:
     return "megablox" if platform() == "tpu" and rows > FEW_ROWS else "blocks"
 
 
-@jax.custom_vjp
-def _blocks(
-    x: Float[Array, "R I"], w: Float[Array, "E *P I O"], group_sizes: Int[Array, " E"]
-) -> Float[Array, "R *P O"]:
+def _blocks(x, w, group_sizes, dtype, scales: Scales | None = None) -> Float[Array, "R *P O"]:
+    """One product a group, of the smallest compiled height that holds it."""
+    if x.shape[0] == 1:  # XLA:CPU has no fast product of a single row; in 16 bits it is 10 times slower than of two
+        two = None if scales is None else (jnp.pad(scales[0], ((0, 1), (0, 0))), scales[1])
+        return _blocks(jnp.pad(x, ((0, 1), (0, 0))), w, group_sizes, dtype, two)[:1]
+
     def multiply(out: Shaped[Array, "R *P O"], block: _Block) -> Shaped[Array, "R *P O"]:
         rows = _slice(x, block.first_row, block.height)
-        matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
-        y = _each_matrix(lambda m: _float32_sum(rows, m, (1, 0)).astype(x.dtype), matrix, at=1)
-        return _write_rows(out, block, y)
+        matrix = _operand(_slice(w, block.group, 1)[0], x)
+        y = _each_matrix(lambda m: _float32_sum(rows, m, (1, 0)), matrix, at=1)
+        if scales is not None:
+            y = _scaled_rows(y, scales[0], block)
+            if scales[1] is not None:  # [*P 1 O] beside [height *P O]
+                y = y * jnp.moveaxis(_slice(scales[1], block.group, 1)[0], -2, 0)
+        return _write_rows(out, block, y.astype(dtype))
 
-    zeros = jnp.zeros((x.shape[0], *w.shape[1:-2], w.shape[-1]), x.dtype)
-    return _from_bits(_fold_groups(multiply, _as_bits(zeros), group_sizes, x.shape[0]), x.dtype)
+    zeros = jnp.zeros((x.shape[0], *w.shape[1:-2], w.shape[-1]), dtype)
+    return _from_bits(_fold_groups(multiply, _as_bits(zeros), group_sizes, x.shape[0]), dtype)
 
 
-def _blocks_forward(x, w, group_sizes):
-    return _blocks(x, w, group_sizes), (x, w, group_sizes)
-
-
-def _blocks_backward(operands, g):
-    x, w, group_sizes = operands
+def _blocks_backward(x, w, g_x, g_w, group_sizes, dtypes, scales: Scales | None = None):
+    def own(g: Float[Array, "R *P O"], block: _Block) -> Float[Array, "*P height O"]:
+        rows = jnp.where(block.of(g), _slice(g, block.first_row, block.height), 0)
+        return jnp.moveaxis(rows, 1, 0) if rows.ndim == 3 else rows
 
     def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E *P I O"]], block: _Block):
         x_grad, w_grad = grads
-        g_rows = jnp.where(block.of(g), _slice(g, block.first_row, block.height), 0)
+        for_x = own(g_x, block)
+        for_w = for_x if g_w is g_x else own(g_w, block)
         x_rows = jnp.where(block.of(x), _slice(x, block.first_row, block.height), 0)
-        matrix = _slice(w, block.group, 1)[0].astype(x.dtype)
-        g_rows = jnp.moveaxis(g_rows, 1, 0) if g_rows.ndim == 3 else g_rows
-        pairs = zip(g_rows, matrix, strict=True) if g_rows.ndim == 3 else [(g_rows, matrix)]
+        matrix = _operand(_slice(w, block.group, 1)[0], x)
+        pairs = zip(for_x, matrix, strict=True) if for_x.ndim == 3 else [(for_x, matrix)]
         x_new = sum(_float32_sum(g, m, (1, 1)) for g, m in pairs)
-        x_grad = _write_rows(x_grad, block, x_new.astype(x.dtype))
         # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
         x_columns = lax.optimization_barrier(x_rows.T)
-        w_new = _each_matrix(lambda g: _as_bits(_float32_sum(x_columns, g, (1, 0)).astype(w.dtype)), g_rows, at=0)
+        w_new = _each_matrix(lambda g: _float32_sum(x_columns, g, (1, 0)), for_w, at=0)
+        if scales is not None:
+            x_new = _scaled_rows(x_new, scales[0], block)
+            w_new = w_new * _slice(scales[1], block.group, 1)[0]
+        x_grad = _write_rows(x_grad, block, x_new.astype(dtypes[0]))
+        w_new = _as_bits(w_new.astype(dtypes[1]))
         return x_grad, lax.dynamic_update_index_in_dim(w_grad, w_new, block.group, 0, allow_negative_indices=False)
 
-    zeros = _as_bits(jnp.zeros_like(x)), _as_bits(jnp.zeros_like(w))
+    zeros = _as_bits(jnp.zeros(x.shape, dtypes[0])), _as_bits(jnp.zeros(w.shape, dtypes[1]))
     x_grad, w_grad = _fold_groups(multiply, zeros, group_sizes, x.shape[0])
-    return _from_bits(x_grad, x.dtype), _from_bits(w_grad, w.dtype), None
+    return _from_bits(x_grad, dtypes[0]), _from_bits(w_grad, dtypes[1])
 
 
-_blocks.defvjp(_blocks_forward, _blocks_backward)
+def _operand(matrix: Shaped[Array, "*P I O"], x: Shaped[Array, "R I"]) -> Shaped[Array, "*P I O"]:
+    """A matrix as it is multiplied: 8-bit floats as they are, others in x's dtype."""
+    return matrix if matrix.dtype.itemsize == 1 else matrix.astype(x.dtype)
+
+
+def _scaled_rows(
+    y: Float[Array, "height *N"], scale: Float[Array, "R 1"], block: "_Block"
+) -> Float[Array, "height *N"]:
+    rows = _slice(scale, block.first_row, block.height)
+    return y * lax.expand_dims(rows[:, 0], range(1, y.ndim))
+
+
+def largest_of_groups(x: Float[Array, "R *N"], group_sizes: Int[Array, " E"]) -> Float[Array, "E *N"]:
+    """The largest magnitude in each column of each group's rows, in float32; 0 for a group without rows."""
+
+    def look(out, block: _Block):
+        rows = jnp.where(block.of(x), jnp.abs(_slice(x, block.first_row, block.height)), 0)
+        found = jnp.max(rows, axis=0).astype(jnp.float32)
+        return lax.dynamic_update_index_in_dim(out, found, block.group, 0, allow_negative_indices=False)
+
+    zeros = jnp.zeros((group_sizes.shape[0], *x.shape[1:]), jnp.float32)
+    return _fold_groups(look, zeros, group_sizes, x.shape[0])
+
+
+PRODUCTS: dict[str, Products] = {
+    "reference": Products(_reference, _reference_backward),
+    "blocks": Products(_blocks, _blocks_backward),
+    "megablox": _by_kernels(grouped_kernels.megablox),
+    "mosaic_gpu": _by_kernels(grouped_kernels.mosaic_gpu),
+}
 
 
 class _Block(NamedTuple):
@@ -196,6 +263,14 @@ def _float32_sum(a: Float[Array, "m n"], b: Float[Array, "p q"], contract: tuple
     """Sums over dimension contract[0] of a and contract[1] of b, in float32."""
     numbers = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+
+def _matrices(w: Float[Array, "E *P I O"], group: Int[Array, ""]) -> list[Float[Array, "I O"]]:
+    """A group's matrices, each sliced for itself: of one slice with both of them a TPU makes a copy to take one from,
+    and reads the other a second time."""
+    every = w.reshape(-1, *w.shape[-2:])
+    count = every.shape[0] // w.shape[0]
+    return [_slice(every, group * count + p, 1)[0] for p in range(count)]
 
 
 def _each_matrix(product: Callable, matrices: Shaped[Array, "*P m n"], at: int) -> Shaped[Array, "..."]:

@@ -1,0 +1,110 @@
+"""down(swiglu(gate_up(x))) of the routed experts, on rows sorted by expert, with its backward pass written out.
+
+Written out, because the two halves of it run where autodiff does not reach: in rounds, between which rows travel
+(`exchange`). And because weights that are rounded to 8 bits before they are gathered have no gradient of that dtype.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from llama4_jax.ops.expert_products import Product
+from llama4_jax.ops.swiglu import swiglu, swiglu_flat
+
+
+class ExpertWeights(NamedTuple):
+    gate_up: Float[Array, "E 2 D F"]
+    down: Float[Array, "E F D"]
+
+
+class Saved(NamedTuple):
+    """Of the forward pass, for the backward pass."""
+
+    kept: Any  # of the rows, as the first product keeps them
+    hidden: Float[Array, "R 2 F"] | Float[Array, "R FF"]
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """How it is computed. Hashable.
+
+    - first, second: the products with gate_up and down
+    - flat: gate and up lie side by side, [E D 2F], as kernels want one matrix
+    """
+
+    first: Product
+    second: Product
+    flat: bool
+
+    def prepare(self, weights: ExpertWeights, dtype) -> tuple[Any, Any]:
+        """The weights of this device's experts as the products use them: gathered, in `dtype` or in 8 bits."""
+        gate_up = weights.gate_up
+        if self.flat:  # before it is gathered, when it is the least to copy
+            gate_up = rearrange(gate_up, "E two D F -> E D (two F)")
+        return self.first.prepare(gate_up, dtype), self.second.prepare(weights.down, dtype)
+
+    def give_back(self, gradients: tuple[Array, Array], dtypes: tuple[Any, Any]) -> ExpertWeights:
+        """The gradients of a device's own part of the weights, of those of what it used."""
+        gate_up = self.first.give_back(gradients[0], dtypes[0])
+        if self.flat:
+            gate_up = rearrange(gate_up, "E D (two F) -> E two D F", two=2)
+        return ExpertWeights(gate_up, self.second.give_back(gradients[1], dtypes[1]))
+
+    def gradients_like(self, used: tuple[Any, Any]) -> tuple[Array, Array]:
+        """Zeros, in float32, to which the gradients of what was used can be added."""
+        return self.first.gradient_like(used[0]), self.second.gradient_like(used[1])
+
+    def forward(
+        self, x: Float[Array, "R D"], group_sizes: Int[Array, " E"], used: tuple[Any, Any]
+    ) -> tuple[Float[Array, "R D"], Saved]:
+        kept = self.first.keep(x, group_sizes)
+        hidden = self.first.forward(kept, used[0], group_sizes, x.dtype)
+        active = self.second.keep(self._between(hidden), group_sizes)
+        return self.second.forward(active, used[1], group_sizes, x.dtype), Saved(kept, hidden)
+
+    def backward(
+        self, saved: Saved, group_sizes: Int[Array, " E"], used: tuple[Any, Any], g: Float[Array, "R D"]
+    ) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
+        """The gradients of x and of what was used of the weights, all in g's dtype."""
+        active, pull = jax.vjp(self._between, saved.hidden)
+        kept = self.second.keep(active, group_sizes)
+        d_active, d_down = self.second.backward(kept, used[1], group_sizes, g, g.dtype)
+        (d_hidden,) = pull(d_active)
+        d_x, d_gate_up = self.first.backward(saved.kept, used[0], group_sizes, d_hidden, g.dtype)
+        return d_x, (d_gate_up, d_down)
+
+    def _between(self, hidden):
+        return swiglu_flat(hidden) if self.flat else swiglu(hidden)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def feed_forward(
+    how: FeedForward, x: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
+) -> Float[Array, "R D"]:
+    """Each row through the expert of its group. Rows after the last group give 0."""
+    return how.forward(x, group_sizes, how.prepare(weights, x.dtype))[0]
+
+
+def _forward(how: FeedForward, x, group_sizes, weights: ExpertWeights):
+    used = how.prepare(weights, x.dtype)
+    y, saved = how.forward(x, group_sizes, used)
+    return y, (saved, group_sizes, used, dtypes_of(weights))
+
+
+def _backward(how: FeedForward, residuals, g):
+    saved, group_sizes, used, like = residuals
+    d_x, gradients = how.backward(saved, group_sizes, used, g)
+    return d_x, None, how.give_back(gradients, (like[0].dtype, like[1].dtype))
+
+
+feed_forward.defvjp(_forward, _backward)
+
+
+def dtypes_of(weights: ExpertWeights) -> tuple[Array, Array]:
+    """Scalars that carry the dtypes to a backward pass."""
+    return jnp.zeros((), weights.gate_up.dtype), jnp.zeros((), weights.down.dtype)
