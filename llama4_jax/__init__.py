@@ -9,6 +9,8 @@
 
     model = llama4_jax.Llama4(llama4_jax.ModelConfig(...), seed=0)              # or a new one
 
+    nnx.Linear(..., dot_general=llama4_jax.ops.fp8_dot_general())               # products in 8-bit floats
+
 `llama4_jax.model.presets` has the published configs.
 """
 
@@ -35,6 +37,8 @@ __all__ = list(_HOME)
 
 def __getattr__(name: str):
     # On first use: `llama4_jax.inputs` and `llama4_jax.data` run where jax must not be imported.
+    if name == "ops":
+        return importlib.import_module("llama4_jax.ops")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,3 @@
+"""Numerics: arrays in, arrays out."""
+
+from llama4_jax.ops.fp8 import fp8_dot_general as fp8_dot_general

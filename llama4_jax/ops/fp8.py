@@ -26,7 +26,7 @@ may stand where; DeepSeek-V3 (arXiv 2412.19437) section 3.3.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,6 @@ from sharding import where_used
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 BLOCK = 128
 
-Granularity = Literal["tensor", "row", "block"]
 
 
 class Scaled(NamedTuple):
@@ -55,7 +54,7 @@ class Scaled(NamedTuple):
 class Fp8DotGeneral:
     """A `dot_general` in 8-bit floats; see `fp8_dot_general`."""
 
-    granularity: Granularity = "tensor"
+    granularity: str = "tensor"
     forward: str = "float8_e4m3fn"
     gradient: str = "float8_e5m2"
 
@@ -90,7 +89,7 @@ class Fp8DotGeneral:
 
 
 def fp8_dot_general(
-    granularity: Granularity = "tensor", forward: str = "float8_e4m3fn", gradient: str = "float8_e5m2"
+    granularity: str = "tensor", forward: str = "float8_e4m3fn", gradient: str = "float8_e5m2"
 ) -> Fp8DotGeneral:
     """A drop-in for `jax.lax.dot_general` whose three products multiply 8-bit floats and add up in float32.
 
