@@ -239,8 +239,6 @@ class Precision:
             value = getattr(self, name)
             if value not in ("float32", "bfloat16"):
                 raise ValueError(f"precision.{name} must be float32 or bfloat16, got {value!r}.")
-        if self.matmul not in MATMULS:
-            raise ValueError(f"precision.matmul must be one of {', '.join(MATMULS)}, got {self.matmul!r}.")
         for rule in self.rules:
             pattern, equals, matmul = rule.rpartition("=")
             if not equals or not pattern or matmul not in MATMULS:
