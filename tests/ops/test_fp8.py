@@ -10,10 +10,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_dot_general import PRODUCTS, draw, value_and_grads
+from topologies import SMALLEST, one_chip
 
 import llama4_jax
 from llama4_jax.ops.dims import Dims
 from llama4_jax.ops.dot_general import bfloat16_dot_general, linear
+from llama4_jax.ops.experts import ExpertWeights, experts
 from llama4_jax.ops.fp8 import fp8_dot_general, in_tiles, quantize, rounded
 from sharding import MeshConfig, make_mesh
 
@@ -228,3 +230,19 @@ def test_a_product_has_batches_and_dimensions_in_any_order():
 def test_an_unknown_format_is_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         fp8_dot_general(**wrong)
+
+
+@pytest.mark.parametrize("kind", SMALLEST)
+def test_it_compiles_for_tpus_with_such_units_and_without(kind):
+    def loss(x, w, expert, gate, weights):
+        x = linear(x, w, ("embed", "mlp"), 1, "fp8")
+        return experts(x, expert, gate, weights, matmul="fp8", implementation="megablox").astype(jnp.float32).sum()
+
+    array = jax.ShapeDtypeStruct
+    weights = ExpertWeights(array((4, 2, 256, 256), jnp.float32), array((4, 256, 256), jnp.float32))
+    x, choice = array((1, 512, 256), jnp.bfloat16), (1, 512, 1)
+    arguments = x, array((256, 256), jnp.float32), array(choice, jnp.int32), array(choice, jnp.float32), weights
+    with jax.set_mesh(one_chip(kind)):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 4))).lower(*arguments).compile()
+    text = compiled.as_text()
+    assert "f8e4m3fn" in text and "f8e5m2" in text
