@@ -10,17 +10,20 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from llama4_jax.config import RunConfig
 from llama4_jax.model.config import LayerSpec, ModelConfig
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
+from llama4_jax.ops.quantization import Scheme, num_groups
 from llama4_jax.plan_options import StepKind
 from sharding import MeshConfig
-from sharding.chips import Topology
+from sharding.chips import Chip, Topology
 from sharding.plan import Plan, Sent
 
 PIECE = 512  # tokens of a prompt that are read at once, as `infer.generate` does
 _BYTES = {"float32": 4, "bfloat16": 2}
+SCALE_BYTES, SCALE_BYTES_OF_A_GROUP = 4, 2  # float32, bfloat16: see `ops.quantization`
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Work:
     step: StepKind
     rows: int
     context: int
+    weights: Scheme | None = None  # of the decoder's matrices, in serving; None: all parameters are alike
+    cache: Literal["int8"] | None = None  # None: of the dtype of computation
 
     @property
     def tokens(self) -> int:
@@ -51,9 +56,24 @@ class Work:
         """Bytes that all devices together must read: of decoding, which is little else than reading; 0 otherwise."""
         if self.step != "decode":
             return 0.0
-        size, cache = (_BYTES[dtype] for dtype in (self.config.precision.params, self.config.precision.compute))
-        how = {"rows": self.rows, "context": self.context, "weight_bytes": size, "cache_bytes": cache}
-        return decode_bytes(self.config.model, **how)
+        kept = _BYTES[self.config.precision.params]
+        matrix = None if self.weights is None else bits(self.weights) / 8
+        if self.weights is not None and self.weights.group is not None:
+            matrix += SCALE_BYTES_OF_A_GROUP / self.weights.group
+        how = {"weight_bytes": kept, "matrix_bytes": matrix, "cache_bytes": self.cache_bytes}
+        return decode_bytes(self.config.model, rows=self.rows, context=self.context, **how)
+
+    @property
+    def cache_bytes(self) -> float:
+        """Of a number in the cache, with its part of a scale."""
+        if self.cache is None:
+            return float(_BYTES[self.config.precision.compute])
+        return 1 + SCALE_BYTES / self.config.model.head_dim
+
+
+def bits(scheme: Scheme) -> int:
+    """Of a value."""
+    return 4 if scheme.weights == "int4" else 8
 
 
 def flags(mesh: MeshConfig) -> str:
@@ -134,7 +154,9 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
         if (ways := math.prod(getattr(mesh, axis) for axis in axes)) > 1
         for share in [(ways - 1) / ways * (2 if kind == "all-reduce" else 1)]
     )
-    again = {"none": 1.0, "dots": 1.0, "full": 4 / 3}[work.config.remat] if work.step == "train" else 1.0
+    again = (
+        {"none": 1.0, "dots": 1.0, "full": 4 / 3, "offload": 4 / 3}[work.config.remat] if work.step == "train" else 1.0
+    )
     flops = work.model_flops * again / devices
     traffic = _traffic(work, mesh, sum(arguments.values()))
     used = sum(arguments.values()) + temporaries
@@ -142,10 +164,45 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
         topology=topology.name, devices=devices, mesh=dataclasses.asdict(mesh), memory=float(chip.memory),
         arguments=arguments, results=0.0, temporaries=temporaries, fits=used <= chip.memory, flops=flops,
         model_flops=work.model_flops / devices, traffic=traffic, model_traffic=work.model_traffic / devices, sent=sent,
-        compute_seconds=flops / chip.bf16, memory_seconds=traffic / chip.bandwidth,
+        compute_seconds=_compute_seconds(work, chip) * again / devices, memory_seconds=traffic / chip.bandwidth,
         network_seconds=float(sum(s.seconds for s in sent)), peak=chip.bf16,
-        assumptions=("NOT COMPILED: all figures are closed formulas, without what a compiler adds or saves",),
+        assumptions=(
+            "NOT COMPILED: all figures are closed formulas, without what a compiler adds or saves",
+            *precision_notes(work, chip),
+        ),
     )  # fmt: skip
+
+
+def _compute_seconds(work: Work, chip: Chip) -> float:
+    """Of one device that did everything once. Scores, the router and the head's logits are never of 8 bits."""
+    if not in_fp8(work):
+        return work.model_flops / chip.bf16
+    used = (_layer_parameters(work.config.model, spec) for spec in work.config.model.layers)
+    experts, top_k = work.config.model.num_experts, work.config.model.top_k
+    linear = sum(attention + always + routed * top_k / experts for attention, always, routed in used)
+    flops = 3 * 2 * linear * work.rows * work.context
+    return flops / chip.fp8 + (work.model_flops - flops) / chip.bf16
+
+
+def in_fp8(work: Work) -> bool:
+    """Whether linear layers multiply numbers of 8 bits ("fp8_block" only imitates them)."""
+    return work.step == "train" and work.config.precision.matmul in ("fp8", "fp8_row", "fp8_e5m2")
+
+
+def precision_notes(work: Work, chip: Chip) -> tuple[str, ...]:
+    """What is to be said of the number formats on this chip."""
+    if work.weights is not None:
+        whole = sum(_weights(work, MeshConfig(data=1)).values()) / 1e9
+        inputs = "all" if work.weights.group is None else work.weights.group
+        return (
+            f"weights of {whole:,.1f} GB in all: matrices of the decoder in {work.weights.weights} with a scale for "
+            f"{inputs} inputs of an output; embedding, output head, router and norms in bfloat16, and all products",
+        )
+    if not in_fp8(work):
+        return ()
+    if chip.fp8 <= chip.bf16:
+        return (f"a {chip.name} has no units for fp8: precision.matmul fp8 saves memory there, not time",)
+    return (f"linear layers at the {chip.name}'s peak for fp8, all else at that for bfloat16",)
 
 
 def _layer_parameters(model: ModelConfig, spec: LayerSpec) -> tuple[int, int, int]:
@@ -164,19 +221,19 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     size, compute = _BYTES[config.precision.params], _BYTES[config.precision.compute]
     if work.step != "train":
         rows = math.ceil(work.rows / (mesh.data * mesh.fsdp * mesh.expert))
-        parts = (_layer_parameters(model, spec) for spec in model.layers)
-        attention = sum(part[0] for part in parts)
-        held = attention / (mesh.tensor * mesh.fsdp)
-        held += (counted.total - attention) / (mesh.tensor * mesh.fsdp * mesh.expert)
         slots = sum(min(spec.chunk or work.context, work.context) for spec in model.layers) / mesh.context
-        cache = rows * slots * 2 * model.num_kv_heads * model.head_dim / mesh.tensor * compute
+        cache = rows * slots * 2 * model.num_kv_heads * model.head_dim / mesh.tensor * work.cache_bytes
         width = 2 * model.expert_mlp_dim + 4 * model.embed_dim
-        return {"parameters": held * size, "cache": cache}, work.rows * work.tokens / mesh.data * width * compute
+        temporaries = work.rows * work.tokens / mesh.data * width * compute
+        temporaries += work.rows / mesh.data * model.vocab_size / mesh.tensor * 4  # logits
+        if work.weights is not None:  # a matrix at a time may stand in full
+            temporaries += 2 * model.embed_dim * max(model.mlp_dim, model.expert_mlp_dim) / mesh.tensor * compute
+        return {**_weights(work, mesh), "cache": cache}, temporaries
     split = mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
     held = counted.total / split
     tokens = work.rows * work.context / config.grad_accumulation
     tokens /= mesh.data * mesh.fsdp * mesh.expert * mesh.context
-    kept = {"full": 1.0, "dots": 6.0, "none": 12.0}[config.remat]  # of a layer, in units of its input
+    kept = {"offload": 0.0, "full": 1.0, "dots": 6.0, "none": 12.0}[config.remat]  # of a layer, in units of its input
     parts = max((_layer_parameters(model, spec) for spec in model.layers), key=sum)
     gathered = (parts[0] + parts[1]) / mesh.tensor + parts[2] / (mesh.expert * mesh.tensor)
     ends = model.vocab_size * model.embed_dim / mesh.tensor
@@ -185,6 +242,51 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     temporaries += tokens * (model.num_layers * kept * model.embed_dim + width) * compute
     temporaries += max(3 * gathered * compute, ends * (compute + 4))
     return {"parameters": held * size, "optimizer": held * 8, "batch": tokens * 24}, temporaries
+
+
+def _weights(work: Work, mesh: MeshConfig) -> dict[str, float]:
+    """Bytes of a served model's weights on a device. Quantized, by what they are."""
+    total, size = count_parameters(work.config.model).total, _BYTES[work.config.precision.params]
+    matrices = list(_matrices(work.config.model))
+    shared = mesh.tensor * mesh.fsdp  # devices that a matrix of attention is split over; all else is over `expert`, too
+    if work.weights is None:
+        attention = sum(m.inputs * m.outputs for m in matrices if m.of_attention)
+        return {"parameters": (attention / shared + (total - attention) / (shared * mesh.expert)) * size}
+    values = scales = 0.0
+    for matrix in matrices:
+        ways = shared * (1 if matrix.of_attention else mesh.expert)
+        groups = num_groups((matrix.inputs,), work.weights, what=matrix.name)
+        values += matrix.inputs * matrix.outputs * bits(work.weights) / 8 / ways
+        each = SCALE_BYTES if work.weights.group is None else SCALE_BYTES_OF_A_GROUP
+        scales += groups * matrix.outputs * each / ways
+    kept = (total - sum(m.inputs * m.outputs for m in matrices)) * size / (shared * mesh.expert)
+    return quantized_parts(work.weights, values, scales, kept)
+
+
+def quantized_parts(scheme: Scheme, values, scales, kept) -> dict:
+    """What the parts of a quantized model are called."""
+    return {f"values, {scheme.weights}": values, "scales": scales, "kept in bfloat16": kept}
+
+
+class _Matrix(NamedTuple):
+    """A matrix of the decoder that can be quantized, or as many as there are experts."""
+
+    name: str
+    inputs: int
+    outputs: int
+    of_attention: bool = False
+
+
+def _matrices(model: ModelConfig) -> Iterator[_Matrix]:
+    dim, heads, kv_heads = model.embed_dim, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    for number, spec in enumerate(model.layers):
+        for name, inputs, outputs in (("q", dim, heads), ("k", dim, kv_heads), ("v", dim, kv_heads), ("o", heads, dim)):
+            yield _Matrix(f"layers.{number}.attention.{name}.kernel", inputs, outputs, of_attention=True)
+        parts = [("moe", model.num_experts), ("moe.shared", 1)] if spec.moe else [("mlp", 1)]
+        width = model.expert_mlp_dim if spec.moe else model.mlp_dim
+        for part, copies in parts:
+            yield _Matrix(f"layers.{number}.{part}.gate_up", dim, copies * 2 * width)
+            yield _Matrix(f"layers.{number}.{part}.down", width, copies * dim)
 
 
 def _traffic(work: Work, mesh: MeshConfig, arguments: float) -> float:
@@ -216,7 +318,7 @@ def _sent(work: Work, mesh: MeshConfig) -> Iterator[tuple[str, tuple[str, ...], 
     parts = [_layer_parameters(model, spec) for spec in model.layers]
     dense = (sum(a + f for a, f, _ in parts) + 2 * model.vocab_size * model.embed_dim) / mesh.tensor
     routed = sum(r for _, _, r in parts) / (mesh.tensor * mesh.expert)
-    gathers = 2 if config.remat == "full" else 1
+    gathers = 2 if config.remat in ("full", "offload") else 1
     for size, axes in ((dense, ("fsdp", "expert", "context")), (routed, ("fsdp", "context"))):
         yield "all-gather", axes, gathers * steps, size * compute
         yield "reduce-scatter", axes, steps, size * compute

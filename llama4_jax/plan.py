@@ -24,10 +24,22 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
 from llama4_jax.infer import generate
 from llama4_jax.infer.sampling import make_sampling
-from llama4_jax.mesh_search import Work, estimate, flags, misfits, nearest, ranked
-from llama4_jax.model.cache import LayerCache, cache_axes
+from llama4_jax.mesh_search import (
+    Work,
+    estimate,
+    flags,
+    misfits,
+    nearest,
+    precision_notes,
+    quantized_parts,
+    ranked,
+)
+from llama4_jax.model.cache import cache_axes
 from llama4_jax.model.config import Precision
 from llama4_jax.model.presets import PRESETS, preset
+from llama4_jax.model.quantized import quantized
+from llama4_jax.ops import grouped_matmul
+from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
 from llama4_jax.ops.splash_attention import BLOCK_K
 from llama4_jax.plan_options import PlanOptions
 from llama4_jax.train.next_token import next_token
@@ -93,7 +105,22 @@ def work_of(options: PlanOptions, rest: list[str]) -> Work:
     if options.step == "train":
         data = dataclasses.replace(config.data, batch_size=rows, seq_len=context)
         config = dataclasses.replace(config, data=data)
-    return Work(config, options.step, rows, context)
+    return Work(config, options.step, rows, context, _scheme(options), options.cache)
+
+
+def _scheme(options: PlanOptions) -> Scheme | None:
+    """How the weights are quantized. Raises ValueError for a group without weights, and for a step that trains."""
+    for name in ("weights", "cache"):
+        if options.step == "train" and (value := getattr(options, name)) is not None:
+            raise ValueError(
+                f"--{name} {value} is for serving: add --step prefill or --step decode. Training in few bits is "
+                f"--precision.matmul fp8."
+            )
+    if options.weights is None:
+        if options.group is not None:
+            raise ValueError(f"--group {options.group} is of quantized weights: add --weights int4, int8 or fp8.")
+        return None
+    return Scheme(options.weights, 128 if options.group is None and options.weights == "int4" else options.group)
 
 
 def _best(work: Work, where: Topology) -> MeshConfig:
@@ -118,9 +145,10 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         model_flops=work.model_flops / mesh.devices.size,
         model_traffic=work.model_traffic / mesh.devices.size,
         kernel_flops=functools.partial(kernel_flops, routed_rows=_routed_rows(work, mesh)),
-        turns=functools.partial(_turns, chosen_experts=_chosen_experts(work, mesh)),
+        turns=functools.partial(_turns, expert_turns=_expert_turns(work, mesh)),
+        takes_cheapest=_is_of_experts,
         steps=generate.TOKENS_PER_CALL if work.step == "decode" else 1,
-        notes=[*notes, *_NOTES],
+        notes=[*notes, *_NOTES, *precision_notes(work, where.chip)],
     )  # fmt: skip
 
 
@@ -138,21 +166,30 @@ def _routed_rows(work: Work, mesh: jax.sharding.Mesh) -> float:
     return work.rows * work.tokens * work.config.model.top_k / parts / accumulated
 
 
-def _chosen_experts(work: Work, mesh: jax.sharding.Mesh) -> float | None:
-    """Experts of a device that the rows of a decoding step choose on average; None for other steps."""
+def _expert_turns(work: Work, mesh: jax.sharding.Mesh) -> float | None:
+    """How often each loop over a device's experts runs in a decoding step on average; None for other steps. An expert
+    that the rows choose takes a turn in one of them, a loop for each height of its block of rows."""
     model = work.config.model
     if work.step != "decode":
         return None
-    seen = work.rows / (mesh.shape["data"] * mesh.shape["fsdp"])
-    return model.num_experts / mesh.shape["expert"] * (1 - (1 - model.top_k / model.num_experts) ** seen)
+    seen = work.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    here = model.num_experts // mesh.shape["expert"]
+    chosen = here * (1 - (1 - model.top_k / model.num_experts) ** seen)
+    return chosen / len(grouped_matmul._heights(max(2, seen * model.top_k), here))
 
 
-def _turns(op_name: str, *, chosen_experts: float | None) -> float | None:
-    """Decoding multiplies by one expert after another (`grouped_matmul.blocks`), in the only loop that it runs within
-    `shard_map`; and a call of it loops over tokens."""
+def _turns(op_name: str, *, expert_turns: float | None) -> float | None:
+    """Decoding multiplies by one expert after another (`grouped_matmul`'s "blocks"), in the only loops that it runs
+    within `shard_map`; and a call of it loops over tokens."""
     if op_name.endswith("(_decode)/while"):
         return float(generate.TOKENS_PER_CALL)
-    return chosen_experts if op_name.endswith("shard_map/while") else None
+    return expert_turns if op_name.endswith("shard_map/while") else None
+
+
+def _is_of_experts(op_name: str) -> bool:
+    """The conditional of the experts' backward pass: the last round of the exchange has kept what others compute again,
+    and where tokens are spread evenly there is no other."""
+    return op_name.endswith("shard_map/while/body/cond")
 
 
 def kernel_flops(
@@ -215,7 +252,15 @@ def _train(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
         f"temporaries hold the gradients, too: {gradients / 2**30:,.2f} GiB in float32 if all were kept at once, split "
         f"as the parameters are"
     )
-    return trainer.step.lower(state, batch, None), arguments, [note]
+    notes = [note]
+    if config.remat == "offload":
+        kept = work.rows * work.context * config.model.embed_dim * config.model.num_layers / config.grad_accumulation
+        kept *= jnp.dtype(config.precision.compute).itemsize / (mesh.size // mesh.shape["tensor"])
+        notes.append(
+            f"layers' inputs wait in the host's memory, {kept / 2**30:,.1f} GiB of each device; the time of their way "
+            f"there and back is not counted"
+        )
+    return trainer.step.lower(state, batch, None), arguments, notes
 
 
 def _abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
@@ -235,7 +280,12 @@ def _abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
 
 def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dict[str, Any], list[str]]:
     config = dataclasses.replace(work.config, scan_layers=False)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make_model(config, 0)))
+
+    def make():
+        model = make_model(config, 0)
+        return model if work.weights is None else quantized(model, work.weights)
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -250,15 +300,16 @@ def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     with use_rules(SERVING):
-        cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).empty_cache(work.rows, work.context))
-        layers = tuple(
-            LayerCache(*(placed(x.shape, x.dtype, *cache_axes(spec.chunk)) for x in layer))
-            for spec, layer in zip(config.model.layers, cache.layers, strict=True)
-        )
+        cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).empty_cache(work.rows, work.context, work.cache))
+
+        def place_cache(spec, layer):
+            return jax.tree.map(lambda x: placed(x.shape, x.dtype, *cache_axes(spec.chunk)[: x.ndim]), layer)
+
+        layers = tuple(map(place_cache, config.model.layers, cache.layers))
         cache = cache._replace(layers=layers, lengths=placed((work.rows,), jnp.int32, None))
         numbers = placed((work.rows,), jnp.int32, None)
         how, scalar = make_sampling(), placed((), jnp.int32)
-        arguments = {"parameters": state, "cache": cache}
+        arguments = {**_parameters(work, state), "cache": cache}
         if work.step == "prefill":
             piece = placed((work.rows, work.tokens), jnp.int32, None, None)
             lowered = generate._prefill.lower(graphdef, state, cache, piece, numbers, None, how, scalar)
@@ -273,6 +324,17 @@ def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
         "of its experts a device reads those that the rows choose on average",
     ]
     return lowered, arguments, notes
+
+
+def _parameters(work: Work, state: nnx.State) -> dict[str, Any]:
+    """By category."""
+    if work.weights is None:
+        return {"parameters": state}
+    leaves = [(path[-1], variable.get_value()) for path, variable in nnx.to_flat_state(state)]
+    values = [leaf for _, leaf in leaves if is_quantized_dtype(leaf.dtype)]
+    scales = [leaf for name, leaf in leaves if str(name).endswith("_scale")]
+    kept = [leaf for name, leaf in leaves if not (is_quantized_dtype(leaf.dtype) or str(name).endswith("_scale"))]
+    return quantized_parts(work.weights, values, scales, kept)
 
 
 def _search(work: Work, where: Topology) -> int:

@@ -13,7 +13,7 @@ What is counted, and how:
   free
 - collectives: bytes of the whole array that is gathered, reduced or exchanged, and between which devices
 
-A loop whose trip count the text does not tell counts once, and of a conditional the dearest branch counts: each is said
+A loop whose trip count the text does not tell counts once, and of a conditional the dearest branch: each is said
 in `assumptions`. The grammar of the text: `HloInstruction::ToString` of openxla/xla; of replica groups,
 `ReplicaGroupList`, `IotaReplicaGroupList` and `MeshAxesReplicaGroupList` there.
 """
@@ -119,7 +119,9 @@ class Collective:
 class Costs:
     """Of one device, in one run of the program."""
 
-    flops: Counter = field(default_factory=Counter)  # dtype of the operands (of a custom kernel "kernel"): operations
+    flops: Counter = field(
+        default_factory=Counter
+    )  # dtype of the operands (of a custom kernel "kernel", unless two are of fp8): operations
     traffic: float = 0.0  # bytes read and written in main memory
     collectives: list[Collective] = field(default_factory=list)
     assumptions: Counter = field(default_factory=Counter)  # in words: how often
@@ -154,14 +156,25 @@ def unknown(op_name: str) -> float | None:
     return None
 
 
-def costs(text: str, kernel_flops: KernelFlops = its_word, turns: Turns = unknown) -> Costs:
-    """What the program of this text costs. `kernel_flops` has the last word on custom kernels, and `turns` is asked
-    about loops whose length depends on the data.
+# where a conditional comes from, in JAX's words: whether on average it takes the branch that costs least
+TakesCheapest = Callable[[str], bool]
+
+
+def never(op_name: str) -> bool:
+    """Any branch may be taken."""
+    return False
+
+
+def costs(
+    text: str, kernel_flops: KernelFlops = its_word, turns: Turns = unknown, takes_cheapest: TakesCheapest = never
+) -> Costs:
+    """What the program of this text costs. `kernel_flops` has the last word on custom kernels, `turns` is asked about
+    loops whose length depends on the data, and `takes_cheapest` about conditionals.
 
     Raises ValueError if the text is not that of a compiled HLO module.
     """
     module = parse(text)
-    return _Walk(module, kernel_flops, turns).computation(module.entry, {})
+    return _Walk(module, kernel_flops, turns, takes_cheapest).computation(module.entry, {})
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -290,8 +303,8 @@ Known = dict[int, int]  # elements of a computation's tuple parameter that are k
 
 
 class _Walk:
-    def __init__(self, module: Module, kernel_flops: KernelFlops, turns: Turns):
-        self.module, self.kernel_flops, self.turns = module, kernel_flops, turns
+    def __init__(self, module: Module, kernel_flops: KernelFlops, turns: Turns, takes_cheapest: TakesCheapest):
+        self.module, self.kernel_flops, self.turns, self.takes_cheapest = module, kernel_flops, turns, takes_cheapest
         self.inner: dict[str, Costs] = {}  # of computations within fusions, which know no constants
 
     def computation(self, computation: Computation, known: Known) -> Costs:
@@ -430,12 +443,12 @@ class _Walk:
     def conditional(self, total: Costs, i: Instruction) -> None:
         names = i.called("branch_computations") or i.called("true_computation", "false_computation")
         branches = [self.computation(self.module.computations[name], {}) for name in names]
-        dearest = max(branches, key=lambda costs: (costs.total_flops, costs.traffic))
-        if any(
-            b.total_flops != dearest.total_flops or len(b.collectives) != len(dearest.collectives) for b in branches
-        ):
+        taken = max(branches, key=lambda costs: (costs.total_flops, costs.traffic))
+        if self.takes_cheapest(i.op_name):
+            taken = min(branches, key=lambda costs: (costs.total_flops, costs.traffic))
+        elif any(b.total_flops != taken.total_flops or len(b.collectives) != len(taken.collectives) for b in branches):
             total.assumptions[f"the dearest branch of a conditional is taken: {i.op_name or i.name}"] += 1
-        total.add(dearest, 1.0)
+        total.add(taken, 1.0)
 
     def kernel(self, total: Costs, computation: Computation, i: Instruction, target: str) -> None:
         if target not in ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2", "__gpu$xla.gpu.triton"):
@@ -443,13 +456,13 @@ class _Walk:
                 total.flops[computation.operands(i)[0].arrays[0].dtype] += _library_matmul_flops(computation, i)
             return
         name = _kernel_name(i)
-        found = re.search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', i.attributes)
-        said = float(found[1]) if found else None
-        flops = self.kernel_flops(name, [o.arrays[0] for o in computation.operands(i)], list(i.arrays), said)
+        operands = [o.arrays[0] for o in computation.operands(i)]
+        flops = self.kernel_flops(name, operands, list(i.arrays), _said(i, "flops"))
         if flops is None:
             total.assumptions[f"a kernel that does not say its operations counts none: {name}"] += 1
         else:
-            total.flops["kernel"] += flops
+            of_8_bits = [array.dtype for array in operands if array.dtype.startswith("f8")]
+            total.flops[of_8_bits[0] if len(of_8_bits) == 2 else "kernel"] += flops
 
     def collective(self, computation: Computation, i: Instruction, kind: str) -> Collective:
         groups = replica_groups(i.attributes, self.module.num_devices)
@@ -472,11 +485,14 @@ class _Walk:
         if i.opcode == "dynamic-update-slice":
             return 2 * operands[1].arrays[0].traffic
         if i.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2.0 * sum(array.traffic for array in i.arrays)
+            read = sum(array.bytes for array in i.arrays) if _in_memory(operands[0]) else 0.0
+            return read + sum(array.traffic for array in i.arrays)
         if i.opcode == "scatter":
             return 2 * operands[-1].arrays[0].traffic
         if i.opcode in ("broadcast", "iota"):
             return i.arrays[0].traffic
+        if "output_to_operand_aliasing=" in i.attributes and (said := _said(i, "bytes_accessed")) is not None:
+            return said  # a kernel that updates an operand, of which it touches what it says
         read = sum(array.traffic for o in operands for array in o.arrays)
         if i.opcode.endswith("-start"):  # the result names the operands, too, and then the result itself
             results = i.arrays[:1] if i.opcode == "copy-start" else i.arrays[len(operands) : 2 * len(operands)]
@@ -496,15 +512,33 @@ class _Walk:
             for place in [n for n, name in enumerate(user.operands) if name == i.name]:
                 if user.opcode in ("bitcast", "reshape", "tuple", "get-tuple-element"):
                     total += self.read(computation, user)
+                elif user.opcode == "copy":  # another layout, of what is then used of it
+                    total += whole if user.is_root else self.read(computation, user)
                 elif user.opcode in ("dynamic-slice", "slice") or (user.opcode == "gather" and place == 0):
                     total += sum(array.bytes for array in user.arrays) if place == 0 else 0
                 elif user.opcode == "dynamic-update-slice" and place == 0:
                     total += 0  # updated in place
                 elif user.opcode == "fusion":
-                    total += self.read_of(self.module.computations[user.called("calls")[0]], place)
+                    inner = self.module.computations[user.called("calls")[0]]
+                    same = self.renamed(inner)
+                    through = same is not None and int(same.inside) == place
+                    total += self.read(computation, user) if through else self.read_of(inner, place)
                 else:
                     total += whole
         return total
+
+    def renamed(self, computation: Computation) -> Instruction | None:
+        """The parameter that a computation within a fusion returns as it is, but for its shape and layout, if it does
+        no more: nothing is read of it there."""
+        i = _behind(computation, computation.root, ("bitcast", "reshape", "copy"))
+        while i.opcode == "fusion":
+            inner = self.module.computations[i.called("calls")[0]]
+            found = self.renamed(inner)
+            if found is None:
+                return None
+            i = computation.instructions[i.operands[int(found.inside)]]
+            i = _behind(computation, i, ("bitcast", "reshape", "copy"))
+        return i if i.opcode == "parameter" else None
 
     def written(self, computation: Computation, root: Instruction, results: tuple[Array, ...]) -> float:
         """Bytes that a fused computation writes of its results."""
@@ -557,6 +591,12 @@ def _scattered(collective: Collective, root: Instruction, computation: Computati
 def _target(i: Instruction) -> str:
     found = re.search(r'custom_call_target="([^"]*)"', i.attributes)
     return found[1] if found else ""
+
+
+def _said(i: Instruction, what: str) -> float | None:
+    """What a custom kernel estimates of itself."""
+    found = re.search(rf'"cost_estimate":\{{[^}}]*?"{what}":"?(\d+)', i.attributes)
+    return float(found[1]) if found else None
 
 
 def _kernel_name(i: Instruction) -> str:

@@ -188,6 +188,7 @@ def make_plan(
     model_traffic: float = 0.0,
     kernel_flops: hlo.KernelFlops = hlo.its_word,
     turns: hlo.Turns = hlo.unknown,
+    takes_cheapest: hlo.TakesCheapest = hlo.never,
     steps: int = 1,
     notes: Sequence[str] = (),
 ) -> Plan:
@@ -197,24 +198,23 @@ def make_plan(
     - model_flops, model_traffic: what one device must compute in one step, and read
     - kernel_flops: has the last word on the operations of custom kernels
     - turns: how often loops run whose length depends on the data, on average
+    - takes_cheapest: of which conditionals the branch that costs least is taken; of others the dearest counts
     - steps: how many of them one run of the program takes; what it does once for all of them is shared out
     - notes: assumptions of the caller, to stand with the plan's own
 
     A step that needs more memory than the device has gives a plan that does not fit.
     """
-    text, temporaries, results, whole = _compiled(lowered)
+    text, used, results, accepted = _compiled(lowered)
     sizes = {name: device_bytes(tree) for name, tree in arguments.items()}
-    if whole is not None:
-        temporaries = max(0.0, whole - sum(sizes.values()))
-    used = sum(sizes.values()) + temporaries + results
+    temporaries = max(0.0, used - sum(sizes.values()) - results)
     common = {
         "topology": topology.name, "devices": mesh.devices.size, "mesh": dict(mesh.shape),
         "memory": float(topology.chip.memory), "arguments": sizes, "results": results, "temporaries": temporaries,
-        "fits": whole is None and used <= topology.chip.memory, "model_flops": model_flops, "peak": topology.chip.bf16,
+        "fits": accepted and used <= topology.chip.memory, "model_flops": model_flops, "peak": topology.chip.bf16,
     }  # fmt: skip
     chip = topology.chip
     costs = hlo.Costs()
-    costs.add(hlo.costs(text, kernel_flops, turns), 1 / steps)
+    costs.add(hlo.costs(text, kernel_flops, turns, takes_cheapest), 1 / steps)
     network = Network(topology, mesh)
     sent = network.summary(costs.collectives)
     assumptions = [f"{line} ({count}x)" if count > 1 else line for line, count in costs.assumptions.items()]
@@ -239,39 +239,48 @@ _ASSUMPTIONS = (
 
 def device_bytes(tree: Any) -> float:
     """Bytes on one device of arrays with shardings."""
-    return float(
-        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    sizes = (
+        math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) for x in jax.tree.leaves(tree)
     )
+    return sum(sizes) / 8
 
 
-_TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds")
+_TOO_LARGE = re.compile(r"\([\d.]+[KMGT]\) exceeds")
+_USED = re.compile(r"Memory Space: default .*\nTotal bytes: (\d+)")
 
 
-def _compiled(lowered: jax.stages.Lowered) -> tuple[str, float, float, float | None]:
-    """The optimised text, bytes of temporaries, and bytes of results that are no updated arguments; or, of a program
-    that its device cannot hold, the bytes that it needs in all.
+def _compiled(lowered: jax.stages.Lowered) -> tuple[str, float, float, bool]:
+    """The optimised text, bytes of main memory that the program needs in all, those of its results that are no updated
+    arguments, and whether the compiler takes it for one that its device can hold.
 
     Raises ValueError for what the compiler refuses for another reason.
     """
-    # The compiler writes the text itself: what this jaxlib reads back of a newer libtpu's program it may not know.
+    # The compiler writes text and memory itself: what this jaxlib reads back of a newer libtpu's program it may not
+    # know, and `memory_analysis` counts temporaries that share their places twice.
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             with _silent():
                 memory = lowered.compile(compiler_options=options).memory_analysis()
-            temporaries, whole = float(memory.temp_size_in_bytes), None
-            results = float(memory.output_size_in_bytes - memory.alias_size_in_bytes)
+            results, accepted = float(memory.output_size_in_bytes - memory.alias_size_in_bytes), True
         except jax.errors.JaxRuntimeError as error:
-            found = _TOO_LARGE.search(str(error))
-            if found is None:
+            if not _TOO_LARGE.search(str(error)):
                 raise ValueError(f"the compiler refuses the step: {str(error).splitlines()[0]}") from error
-            temporaries, results = 0.0, 0.0
-            whole = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
-        texts = glob.glob(f"{folder}/*after_optimizations.txt")
-        if not texts:
-            raise RuntimeError(f"the compiler wrote no optimised program into {folder}.")
-        with open(max(texts, key=os.path.getsize)) as file:
-            return file.read(), temporaries, results, whole
+            results, accepted = 0.0, False
+        used = max(float(_USED.search(text)[1]) for text in _written(folder, "memory-usage-report"))
+        return max(_written(folder, "after_optimizations"), key=len), used, results, accepted
+
+
+def _written(folder: str, what: str) -> list[str]:
+    """What the compiler wrote at one of its stages: for the step, and maybe for small programs beside it."""
+    names = glob.glob(f"{folder}/*{what}.txt")
+    if not names:
+        raise RuntimeError(f"the compiler wrote no {what} into {folder}.")
+    texts = []
+    for name in names:
+        with open(name) as file:
+            texts.append(file.read())
+    return texts
 
 
 class Network:

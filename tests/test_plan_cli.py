@@ -179,3 +179,17 @@ def test_configs_are_found_by_name_and_every_model_has_one_way_to_be_named():
     with pytest.raises(ValueError, match=r"no config 'tinny'\. Did you mean tiny\?"):
         load_config("tinny")
     assert mesh_search.PIECE == generate._PIECE  # the step that is planned is the one that runs
+
+
+@needs_libtpu
+def test_decoding_scout_reads_hardly_more_than_the_chosen_experts_and_the_cache(capsys, tmp_path):
+    """Four layers of it at their full width, on the chips of the whole model."""
+    file = tmp_path / "plan.json"
+    mesh = ["--mesh.data", "1", "--mesh.expert", "2", "--mesh.tensor", "8"]
+    how = ["--step", "decode", "--batch", "16", "--context", "8192", "--model.num-layers", "4", "--json", str(file)]
+    code, _, _ = run(capsys, "scout", "--topology", "v5e:4x4", *mesh, *how)
+    figures = json.loads(file.read_text())
+    assert code == 0
+    assert 1 <= figures["traffic"] / figures["model_traffic"] < 1.1
+    # The cache is updated in place: there is no second one among what lives during the step.
+    assert figures["results"] < 2**20 and figures["temporaries"] < 1.5 * figures["arguments"]["cache"]

@@ -69,26 +69,41 @@ def forward_flops(config: ModelConfig, *, first: int, last: int, logits: int) ->
     return 2 * ((last - first) * products + logits * config.vocab_size * config.embed_dim + scores)
 
 
-def decode_bytes(config: ModelConfig, *, rows: int, context: int, weight_bytes: int, cache_bytes: int) -> float:
+def decode_bytes(
+    config: ModelConfig,
+    *,
+    rows: int,
+    context: int,
+    weight_bytes: int | float,
+    cache_bytes: int | float,
+    matrix_bytes: int | float | None = None,
+) -> float:
     """Bytes that decoding one token of each row must read: the weights in use, and the keys and values of `context`
     tokens a row.
+
+    - weight_bytes: of a parameter
+    - cache_bytes: of a number in the cache
+    - matrix_bytes: of a number in the decoder's matrices, where they are quantized; None: weight_bytes
 
     Of the embedding, the rows' own; of the experts, as many as `rows` tokens choose on average if all are equally
     likely.
     """
-    weights = config.vocab_size * config.embed_dim + rows * config.embed_dim
+    kept = config.vocab_size * config.embed_dim + rows * config.embed_dim
+    matrices = 0.0
     slots = 0
     for spec in config.layers:
-        weights += _attention_parameters(config)
+        matrices += _attention_parameters(config)
         if spec.moe:
             unused = (1 - config.top_k / config.num_experts) ** rows
             experts = 1 + config.num_experts * (1 - unused)  # and the shared one
-            weights += config.embed_dim * config.num_experts + experts * 3 * config.embed_dim * config.expert_mlp_dim
+            kept += config.embed_dim * config.num_experts
+            matrices += experts * 3 * config.embed_dim * config.expert_mlp_dim
         else:
-            weights += 3 * config.embed_dim * config.mlp_dim
+            matrices += 3 * config.embed_dim * config.mlp_dim
         slots += min(spec.chunk or context, context)
     cache = rows * slots * 2 * config.num_kv_heads * config.head_dim
-    return weights * weight_bytes + cache * cache_bytes
+    of_matrices = weight_bytes if matrix_bytes is None else matrix_bytes
+    return kept * weight_bytes + matrices * of_matrices + cache * cache_bytes
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -14,7 +14,7 @@ from sharding.hlo import Array, Instruction
 MESH = {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1, "context": 1}
 
 
-def compiled(function, *shapes_and_specs, mesh=MESH, out=None) -> hlo.Costs:
+def compiled(function, *shapes_and_specs, mesh=MESH, out=None, **knowing) -> hlo.Costs:
     """What the compiled function costs, its arguments being float32 of (shape, spec)."""
     on = make_mesh(MeshConfig(**mesh))
     arguments = [
@@ -23,7 +23,7 @@ def compiled(function, *shapes_and_specs, mesh=MESH, out=None) -> hlo.Costs:
     ]
     how = {} if out is None else {"out_shardings": NamedSharding(on, PartitionSpec(*out))}
     with jax.set_mesh(on):
-        return hlo.costs(jax.jit(function, **how).lower(*arguments).compile().as_text())
+        return hlo.costs(jax.jit(function, **how).lower(*arguments).compile().as_text(), **knowing)
 
 
 def summary(costs: hlo.Costs, mesh=MESH) -> list[tuple]:
@@ -130,6 +130,9 @@ def test_of_a_conditional_the_dearest_branch_counts_and_it_is_said():
     costs = compiled(either, ((16, 16), ()))
     assert costs.total_flops == 2 * 2 * 16**3
     assert any("dearest branch" in line for line in costs.assumptions)
+
+    known = compiled(either, ((16, 16), ()), takes_cheapest=lambda name: name.endswith("/cond"))
+    assert known.total_flops == 2 * 16**3 and not known.assumptions
 
 
 def test_updating_a_row_of_a_large_array_in_place_moves_the_row_alone():
@@ -282,8 +285,101 @@ def test_a_kernel_that_says_its_operations_is_taken_at_its_word_and_another_is_a
     silent = 'metadata={op_name="jit(f)/my_kernel"}\n}\n'
     asked = hlo.costs(head + call + silent, lambda name, operands, results, said: 5.0 * operands[0].shape[0])
     assert asked.flops == {"kernel": 40} and not asked.assumptions
+    two = (head + call).replace("(%x)", "(%x, %x)").replace("bf16", "f8e4m3fn")
+    assert hlo.costs(two + said).flops == {"f8e4m3fn": 4096}  # whose peak is another
     unknown = hlo.costs(head + call + silent)
     assert unknown.total_flops == 0 and any("my_kernel" in line for line in unknown.assumptions)
+
+
+def entry(parameters: str, *lines: str) -> str:
+    return "\n".join([f"ENTRY %main ({parameters}) -> bf16[8] {{", *(f"  {line}" for line in lines), "}", ""])
+
+
+def test_a_weight_that_a_fusion_renames_before_its_product_is_read():
+    text = """HloModule m
+
+%renamed (w: bf16[1024,256]) -> bf16[1024,256] {
+  %w = bf16[1024,256]{1,0} parameter(0)
+  ROOT %bitcast = bf16[1024,256]{1,0} bitcast(%w)
+}
+
+%product (x: bf16[8,1024], w: bf16[1024,256]) -> bf16[8,256] {
+  %x = bf16[8,1024]{1,0} parameter(0)
+  %w.1 = bf16[1024,256]{1,0} parameter(1)
+  %w.2 = bf16[1024,256]{1,0} fusion(%w.1), kind=kLoop, calls=%renamed
+  ROOT %convolution = bf16[8,256]{1,0} convolution(%x, %w.2), dim_labels=bf_io->bf
+}
+
+""" + entry(
+        "x: bf16[8,1024], w: bf16[1024,256]",
+        "%x = bf16[8,1024]{1,0} parameter(0)",
+        "%w = bf16[1024,256]{1,0} parameter(1)",
+        "ROOT %y = bf16[8,256]{1,0} fusion(%x, %w), kind=kOutput, calls=%product",
+    )
+    assert hlo.costs(text).traffic == 2 * (8 * 1024 + 1024 * 256 + 8 * 256)
+
+
+def test_of_a_stack_that_a_fusion_lays_out_otherwise_only_the_part_that_it_slices_is_read():
+    text = """HloModule m
+
+%retiled (w: s4[16,64,128]) -> s4[16,64,128] {
+  %w = s4[16,64,128]{2,1,0:T(64,128)(8,1)} parameter(0)
+  ROOT %copy = s4[16,64,128]{2,1,0:T(8,128)(8,1)} copy(%w)
+}
+
+%twice (w: s4[16,64,128]) -> s4[16,64,128] {
+  %w.0 = s4[16,64,128]{2,1,0:T(64,128)(8,1)} parameter(0)
+  %w.1 = s4[16,64,128]{2,1,0:T(8,128)(8,1)} fusion(%w.0), kind=kLoop, calls=%retiled
+  ROOT %bitcast = s4[16,64,128]{2,1,0:T(8,128)(8,1)} bitcast(%w.1)
+}
+
+%one (w: s4[16,64,128], i: s32[]) -> s4[1,64,128] {
+  %w.1 = s4[16,64,128]{2,1,0:T(64,128)(8,1)} parameter(0)
+  %w.2 = s4[16,64,128]{2,1,0:T(8,128)(8,1)} fusion(%w.1), kind=kLoop, calls=%twice
+  %i = s32[]{:S(1)} parameter(1)
+  %zero = s32[] constant(0)
+  %part = s4[1,64,128]{2,1,0:T(8,128)(8,1)} dynamic-slice(%w.2, %i, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %copy.1 = s4[1,64,128]{2,1,0:T(64,128)(8,1)S(1)} copy(%part)
+}
+
+""" + entry(
+        "w: s4[16,64,128]",
+        "%w = s4[16,64,128]{2,1,0:T(64,128)(8,1)} parameter(0)",
+        "%i = s32[]{:S(1)} constant(3)",
+        "ROOT %y = s4[1,64,128]{2,1,0:T(64,128)(8,1)S(1)} fusion(%w, %i), kind=kLoop, calls=%one",
+    )
+    assert hlo.costs(text).traffic == 64 * 128 / 2
+
+
+def test_what_is_sliced_into_vector_memory_is_read_and_not_written():
+    text = """HloModule m
+
+%fetch (w: bf16[1024,256]) -> bf16[512,256] {
+  %w = bf16[1024,256]{1,0} parameter(0)
+  ROOT %half = bf16[512,256]{1,0:T(8,128)(2,1)S(1)} slice(%w), slice={[0:512], [0:256]}
+}
+
+""" + entry(
+        "w: bf16[1024,256]",
+        "%w = bf16[1024,256]{1,0} parameter(0)",
+        "%start = ((bf16[1024,256]{1,0}), bf16[512,256]{1,0:S(1)}, s32[]{:S(2)}) async-start(%w), calls=%fetch",
+        "%done = bf16[512,256]{1,0:T(8,128)(2,1)S(1)} async-done(%start)",
+        "ROOT %again = bf16[8,256]{1,0:S(1)} slice(%done), slice={[0:8], [0:256]}",
+    )
+    assert hlo.costs(text).traffic == 2 * 512 * 256
+
+
+def test_a_kernel_that_updates_an_operand_moves_what_it_says_and_another_all_that_it_is_given():
+    call = '%k = bf16[64,128]{1,0} custom-call(%new, %old), custom_call_target="tpu_custom_call", '
+    said = 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"0","bytes_accessed":"4096"}}}'
+    operands = "%new = bf16[1,128]{1,0} parameter(0)", "%old = bf16[64,128]{1,0} parameter(1)"
+
+    def traffic(attributes):
+        parameters = "new: bf16[1,128], old: bf16[64,128]"
+        return hlo.costs("HloModule m\n\n" + entry(parameters, *operands, f"ROOT {call}{attributes}")).traffic
+
+    assert traffic(f"output_to_operand_aliasing={{{{}}: (1, {{}})}}, {said}") == 4096
+    assert traffic(said) == 2 * 128 * (1 + 64 + 64)
 
 
 def test_what_is_no_compiled_program_is_refused():

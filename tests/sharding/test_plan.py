@@ -86,6 +86,22 @@ def test_a_step_that_its_chip_cannot_hold_gives_a_plan_that_does_not_fit():
     assert "DOES NOT FIT" in plan.text()
 
 
+def test_memory_is_what_the_compiler_itself_compares_with_the_chips():
+    """Which takes this step. Its `memory_analysis` says 17 GiB: temporaries that share a place it counts apart."""
+    mesh = mesh_on("v5e:2x2", fsdp=4)
+
+    def step(w, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(jnp.tanh(x @ w) @ w), None))
+        return jax.grad(lambda w: jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum())(w)
+
+    w = jax.ShapeDtypeStruct((35, 8192, 8192), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    x = jax.ShapeDtypeStruct((65536, 8192), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(step).lower(w, x)
+    plan = make_plan(lowered, topology("v5e:2x2"), mesh, {"parameters": w, "batch": x}, model_flops=1e9)
+    assert plan.fits and 15.6 * 2**30 < plan.bytes < 15.75 * 2**30  # 0.25 are the system's
+
+
 def sent(network: Network, kind: str, groups, size: float = 1e9) -> float:
     return network.seconds(Collective(kind, size, np.array(groups), 1.0, ""))
 
