@@ -29,7 +29,7 @@ def heldout(pairs: bool, fraction: float) -> list[Conversation]:
     return [documents[i] for i in range(DRAWINGS * len(documents) // VARIATIONS)]
 
 
-def answers(model, processor, asked: list[Conversation]) -> list[str]:
+def answers(model, processor, asked: list[Conversation], cache: str = "float") -> list[str]:
     tokenizer, replies = processor.tokenizer, []
     for start in range(0, len(asked), BATCH):
         prompts = [processor.prompt(document.messages[:1]) for document in asked[start : start + BATCH]]
@@ -39,6 +39,7 @@ def answers(model, processor, asked: list[Conversation]) -> list[str]:
             images=[prompt.tiles for prompt in prompts],
             max_new_tokens=32,
             stop_ids=tokenizer.stop_ids,
+            cache=cache,
         )
         replies += [tokenizer.decode(row, skip_special=True) for row in rows]
     return replies

@@ -6,14 +6,17 @@ import re
 from pathlib import Path
 
 from llama4_jax.weights.load import preset_differences
+from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.source import FileWeights, RunWeights, Weights, open_weights
+from llama4_jax.weights.table import SCALE
 
 _FORMATS = {"hf": "Hugging Face", "meta": "Meta", "run": "Orbax (ours)"}
 
 
 def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     """Format, config with where each field comes from, how it differs from the preset of its sizes, and the tensors
-    with their dtypes and sizes: those of equal shape in several layers in one line, or each (`every_tensor`).
+    with their dtypes and sizes: those of equal shape in several layers in one line, or each (`every_tensor`). Scales
+    of quantized tensors are no parameters.
 
     Reads no values. Raises as `open_weights` does.
     """
@@ -52,17 +55,19 @@ def _value(value) -> str:
 
 
 def _tensors(weights: Weights, every: bool) -> list[str]:
+    stored = Parameters(weights)
     groups: dict[tuple, list[str]] = {}
     for name in weights.names:
         kind = name if every else re.sub(r"layers\.\d+", "layers.*", name)
-        groups.setdefault((kind, weights.shape(name), weights.dtype(name).name), []).append(name)
-    lines = [f"{'tensor':<38} {'layers':>6}  {'shape':<26} {'dtype':<9} {'parameters':>16} {'MiB':>11}"]
+        groups.setdefault((kind, stored.shape(name), stored.dtype(name).name), []).append(name)
+    width = max(38, *(len(kind) for kind, _, _ in groups))
+    lines = [f"{'tensor':<{width}} {'layers':>6}  {'shape':<26} {'dtype':<13} {'parameters':>16} {'MiB':>11}"]
     parameters, size = 0, 0
     for (kind, shape, dtype), names in groups.items():
-        count = len(names) * math.prod(shape)
-        itemsize = weights.dtype(names[0]).itemsize
-        parameters, size = parameters + count, size + count * itemsize
+        own = len(names) * math.prod(weights.shape(names[0])) * weights.dtype(names[0]).itemsize
+        count = 0 if kind.endswith(SCALE) else len(names) * math.prod(shape)
+        parameters, size = parameters + count, size + own
         layers = str(len(names)) if "*" in kind else ""
-        shown = " × ".join(map(str, shape))
-        lines.append(f"{kind:<38} {layers:>6}  {shown:<26} {dtype:<9} {count:>16,} {count * itemsize / 2**20:>11,.1f}")
-    return [*lines, f"{'in all':<38} {'':>6}  {'':<26} {'':<9} {parameters:>16,} {size / 2**20:>11,.1f}"]
+        shown, number = " × ".join(map(str, shape)), f"{count:,}" if count else ""
+        lines.append(f"{kind:<{width}} {layers:>6}  {shown:<26} {dtype:<13} {number:>16} {own / 2**20:>11,.1f}")
+    return [*lines, f"{'in all':<{width}} {'':>6}  {'':<26} {'':<13} {parameters:>16,} {size / 2**20:>11,.1f}"]

@@ -18,6 +18,10 @@ from jax.sharding import Mesh, Sharding
 from llama4_jax.model.config import ModelConfig, Precision, difference
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import PRESETS
+from llama4_jax.model.quantized import quantized
+from llama4_jax.ops.quantization import is_quantized_dtype
+from llama4_jax.ops.quantized_matmul import ACTIVATIONS
+from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.source import (
     RunWeights,
     Weights,
@@ -27,17 +31,28 @@ from llama4_jax.weights.source import (
     saved_model,
     source_format,
 )
+from llama4_jax.weights.table import SCALE
 from sharding import SERVING, parameter_sharding
 
 
-def from_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: str = "bfloat16") -> Llama4:
+def from_pretrained(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: str = "bfloat16",
+    *,
+    keep_quantized: bool = False,
+    activations: str = "auto",
+) -> Llama4:
     """The model in a directory, its layers one by one, as decoding wants them.
 
     - path: a Hugging Face directory (config.json and *.safetensors, one file or shards), a Meta directory (params.json
-      and consolidated.*.pth), or a directory of ours: a run of `train.py`, or what `llama4 convert` made. Of these the
-      newest whole checkpoint is taken. Quantized weights are dequantized.
+      and consolidated.*.pth), or a directory of ours: a run of `train.py`, or what `llama4 convert` or `llama4
+      quantize` made. Of these the newest whole checkpoint is taken.
     - mesh: places each parameter on it, by the rules `sharding.SERVING`; without, all are on the default device
     - dtype: of parameters and computation, "float32" or "bfloat16"; logits are float32
+    - keep_quantized: of a published checkpoint, quantized weights stay as they are; else they are dequantized. Those of
+      a directory of ours always stay
+    - activations: what quantized weights are multiplied with: "auto", "float" or "int8" (see `ops.quantized_matmul`)
 
     The directory's config.json decides what the model is. If it has the sizes of a preset but differs from it, the
     differences are printed to stderr.
@@ -45,20 +60,22 @@ def from_pretrained(path: str | Path, mesh: Mesh | None = None, dtype: str = "bf
     Raises FileNotFoundError for a path, config or weights that are not there; ValueError for a directory that is
     neither of the two, for weights that do not fit the config, and for a mesh that does not divide them.
     """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}.")
     path = Path(path)
     precision = Precision(params=dtype, compute=dtype)
     if source_format(path) == "run":
-        return load_run(path, precision=precision, mesh=mesh)
-    weights = open_weights(path)
+        return load_run(path, precision=precision, mesh=mesh, activations=activations)
+    weights = open_weights(path, keep_quantized=keep_quantized)
     for line in preset_differences(weights.config):
         print(line, file=sys.stderr)
-    return load(weights, precision=precision, mesh=mesh)
+    return load(weights, precision=precision, mesh=mesh, activations=activations)
 
 
-def load(weights: Weights, *, precision: Precision, mesh: Mesh | None) -> Llama4:
+def load(weights: Weights, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
     """The model of these weights. Raises ValueError for a tensor that is missing, unknown or of another shape, and
     for a mesh that does not divide one, before anything is read."""
-    return _fill(_empty_model(weights, precision, mesh), weights)
+    return _fill(_empty_model(weights, precision, mesh, activations))
 
 
 def initial_weights(path: str | Path, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -73,6 +90,12 @@ def initial_weights(path: str | Path, config: ModelConfig, leaves: dict[str, jax
     for ours, (name, step) in places.items():
         parts.setdefault(name, {})[step] = ours
     known = set(weights.names)
+    scaled = [name for name in weights.names if name.endswith(SCALE)]
+    if scaled:
+        raise ValueError(
+            f"init_from: {path} is quantized ({scaled[0].removesuffix(SCALE)} …), and quantized weights do not learn: "
+            f"begin with those that it was made of."
+        )
     new = {ours for ours in places if ours.startswith(("vision.", "projector.")) and weights.config.vision is None}
     problems = [f"{ours} is not there" for ours in sorted(places.keys() - known - new)]
     problems += [f"the model has no place for {ours}" for ours in sorted(known - places.keys())]
@@ -109,30 +132,51 @@ class _EmptyModel(NamedTuple):
     model: Llama4  # its parameters have shapes and no values
     variables: dict[str, nnx.Variable]
     places: dict[str, Sharding | None]
+    parameters: Parameters
 
 
-def _empty_model(weights: Weights, precision: Precision, mesh: Mesh | None) -> _EmptyModel:
-    model = nnx.eval_shape(lambda: Llama4(weights.config, precision=precision, scan_layers=False))
-    variables = named_variables(model)
-    names = set(weights.names)
+def abstract_model(weights: Weights, precision: Precision, *, activations: str = "auto") -> Llama4:
+    """The model of these weights without values, quantized where they have scales.
+
+    Raises ValueError for a tensor that is missing, unknown or of another shape.
+    """
+    parameters = Parameters(weights)
+
+    def make() -> Llama4:
+        model = Llama4(weights.config, precision=precision, scan_layers=False)
+        return quantized(model, parameters.scheme, activations=activations)
+
+    model = nnx.eval_shape(make)
+    variables, names = named_variables(model), parameters.names
     problems = [f"the model's {name} got no tensor" for name in variables if name not in names]
     problems += [f"the model has no place for {name}" for name in sorted(names - variables.keys())]
     for name in sorted(names & variables.keys()):
-        expected, actual = variables[name].get_value().shape, weights.shape(name)
-        if actual != expected:
-            problems.append(f"{name} has the shape {actual}, but the config makes it {expected}")
+        expected, actual = variables[name].get_value(), parameters.shape(name)
+        if actual != expected.shape:
+            problems.append(f"{name} has the shape {actual}, but the config makes it {expected.shape}")
+        if name.endswith(SCALE):  # as precise as they are stored
+            variables[name].set_value(jax.ShapeDtypeStruct(expected.shape, parameters.dtype(name)))
+        elif is_quantized_dtype(parameters.dtype(name)) and not parameters.is_quantized(name):
+            problems.append(f"{name} is {parameters.dtype(name)}, but there are no scales for it: {name}{SCALE}")
     if problems:
         raise ValueError(
             f"{weights.path} does not hold this model's tensors, {len(problems)} point(s):\n  "
             + "\n  ".join(problems[:20])
         )
-    return _EmptyModel(model, variables, {name: _place(v, mesh, name) for name, v in variables.items()})
+    return model
 
 
-def _fill(empty: _EmptyModel, weights: Weights) -> Llama4:
+def _empty_model(weights: Weights, precision: Precision, mesh: Mesh | None, activations: str) -> _EmptyModel:
+    model = abstract_model(weights, precision, activations=activations)
+    variables = named_variables(model)
+    places = {name: _place(v, mesh, name) for name, v in variables.items()}
+    return _EmptyModel(model, variables, places, Parameters(weights))
+
+
+def _fill(empty: _EmptyModel) -> Llama4:
     for name, variable in empty.variables.items():
         expected = variable.get_value()
-        variable.set_value(_put(weights, name, expected.dtype, empty.places[name]))
+        variable.set_value(_put(empty.parameters, name, expected.dtype, empty.places[name]))
     return empty.model
 
 
@@ -140,16 +184,16 @@ def _place(variable: nnx.Variable, mesh: Mesh | None, name: str) -> Sharding | N
     return None if mesh is None else parameter_sharding(variable.get_value().shape, variable.axes, mesh, name, SERVING)
 
 
-def _put(weights: Weights, name: str, dtype: jnp.dtype, place: Sharding | None) -> jax.Array:
+def _put(parameters: Parameters, name: str, dtype: jnp.dtype, place: Sharding | None) -> jax.Array:
     """One tensor on its devices: of each only its part is read, and parts that several hold are read once."""
     if place is None:
-        return jnp.array(weights.read(name).astype(dtype))
-    shape, read = weights.shape(name), {}
+        return jnp.array(parameters.read(name).astype(dtype))
+    shape, read = parameters.shape(name), {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
         if bounds not in read:
-            part = weights.read(name, tuple(slice(*ends) for ends in bounds))
+            part = parameters.read(name, tuple(slice(*ends) for ends in bounds))
             read[bounds] = np.ascontiguousarray(part).astype(dtype)
         return read[bounds]
 
@@ -165,7 +209,7 @@ def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
     }
 
 
-def load_run(run: Path, *, precision: Precision, mesh: Mesh | None) -> Llama4:
+def load_run(run: Path, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
     """The model of a run directory's newest readable checkpoint. Raises as `from_pretrained` does."""
     saved, steps = saved_model(run), run_steps(run)
     for step in reversed(steps):
@@ -174,9 +218,9 @@ def load_run(run: Path, *, precision: Precision, mesh: Mesh | None) -> Llama4:
         except Exception as error:  # a damaged file may show as anything
             _say_damaged(run, step, error)
             continue
-        empty = _empty_model(weights, precision, mesh)  # what is wrong here is no damage
+        empty = _empty_model(weights, precision, mesh, activations)  # what is wrong here is no damage
         try:
-            return _fill(empty, weights)
+            return _fill(empty)
         except Exception as error:
             _say_damaged(run, step, error)
     raise ValueError(f"none of the checkpoints {steps} in {run / 'checkpoints'} can be read: all are damaged.")

@@ -71,7 +71,7 @@ def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> Sto
             "metadata": {
                 "shape": list(shape),
                 "chunks": list(chunk),
-                "dtype": dtype.name if dtype.name == "bfloat16" else dtype.str,
+                "dtype": dtype.str if dtype.isbuiltin == 1 else dtype.name,  # zarr's words, and TensorStore's
                 "compressor": None,
                 "fill_value": None,
             },

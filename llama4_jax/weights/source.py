@@ -2,21 +2,23 @@
 tensor, read when it is asked for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 
 from llama4_jax.config import SavedModel, model_from_json
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.weights import hf_config, meta_config, table
-from llama4_jax.weights.dequantize import HFTensors, MetaTensors
+from llama4_jax.weights.dequantize import HFTensors, MetaTensors, dequantized
 from llama4_jax.weights.meta_files import PARAMS, MetaCheckpoint
 from llama4_jax.weights.safetensors import HFCheckpoint, read_json
 from llama4_jax.weights.table import Box, Index, Layout, Row, Shape, Tensors
 
 SourceFormat = Literal["hf", "meta", "run"]
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @runtime_checkable
@@ -38,7 +40,7 @@ class Weights(Protocol):
     def dtype(self, name: str) -> np.dtype: ...
 
     def read(self, name: str, part: Index | None = None) -> np.ndarray:
-        """A tensor, or a part of it, in the dtype of the files (bfloat16 if they are quantized)."""
+        """A tensor, or a part of it, in the dtype of the files."""
         ...
 
     def parts(self, name: str, limit: int) -> Shape:
@@ -48,7 +50,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class FileWeights:
-    """Weights in Hugging Face's or Meta's files. Opening checks all but the values (`table.plan`)."""
+    """Weights in Hugging Face's or Meta's files. Opening checks all but the values (`table.plan`).
+
+    - keep_quantized: quantized tensors are as they are stored, bytes of two numbers too, and their scales, float32, are
+      tensors of their own. Otherwise they are ordinary ones, values · scales in bfloat16
+    """
 
     path: Path
     format: SourceFormat
@@ -56,24 +62,37 @@ class FileWeights:
     provenance: Mapping[str, str]
     ranks: tuple[Tensors, ...] = field(repr=False)
     plan: table.Plan = field(repr=False)
+    keep_quantized: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.plan.by_name)
+        return tuple(name for name in self.plan.by_name if self.keep_quantized or name not in self.plan.scales)
 
     def shape(self, name: str) -> Shape:
-        return self.plan.by_name[name][0].shape
+        return self._row(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        return self._boxes(name)[0].view.dtype
+        if name in self.plan.scales:
+            return np.dtype(np.float32)
+        return _BFLOAT16 if self._to_multiply(name) else self._boxes(name)[0].view.dtype
 
     def read(self, name: str, part: Index | None = None) -> np.ndarray:
-        row, _ = self.plan.by_name[name]
-        return table.read_boxes(self._boxes(name), row.whole if part is None else part)
+        row = self._row(name)
+        if self._to_multiply(name):
+            return dequantized(row, replace(self, keep_quantized=True), part).astype(_BFLOAT16)
+        array = table.read_boxes(self._boxes(name), row.whole if part is None else part)
+        return array.astype(np.float32) if name in self.plan.scales else array
 
     def parts(self, name: str, limit: int) -> Shape:
-        row, layout = self.plan.by_name[name]
-        return divide(row, layout, self.dtype(name).itemsize, limit)
+        _, layout = self.plan.by_name[name]
+        return divide(self._row(name), layout, self.dtype(name).itemsize, limit)
+
+    def _to_multiply(self, name: str) -> bool:
+        return not self.keep_quantized and name + table.SCALE in self.plan.scales
+
+    def _row(self, name: str) -> Row:
+        row, _ = self.plan.by_name[name]
+        return row if self.keep_quantized else row.unpacked()
 
     def _boxes(self, name: str) -> list[Box]:
         row, layout = self.plan.by_name[name]
@@ -109,7 +128,7 @@ class RunWeights:
         order = {row.ours: i for i, row in enumerate(table.rows(self.config))}
         self._arrays = {
             name: StoredArray(stores[places[name][0]], places[name][1])
-            for name in sorted(places, key=lambda name: order.get(name, len(order)))
+            for name in sorted(places, key=lambda name: order.get(name.removesuffix(table.SCALE), len(order)))
         }
 
     @property
@@ -175,8 +194,11 @@ def locate(stored: Mapping[str, Shape], config: ModelConfig) -> dict[str, tuple[
     return found
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, *, keep_quantized: bool = False) -> Weights:
     """The weights in a directory.
+
+    - keep_quantized: quantized ones of a published checkpoint are shown as they are stored (see `FileWeights`), which
+      those of a directory of ours always are
 
     Raises FileNotFoundError for what is not there; ValueError for a directory of no known format, damaged files, and
     weights that do not fit their config, naming every tensor that is at fault.
@@ -193,7 +215,8 @@ def open_weights(path: str | Path) -> Weights:
         files = MetaCheckpoint(path)
         config, provenance = meta_config.model_config(files.params), meta_config.provenance(files.params)
         ranks = tuple(MetaTensors(files, rank) for rank in range(len(files.ranks)))
-    return FileWeights(path, kind, config, provenance, ranks, table.plan_ranks(config, kind, ranks))
+    plan = table.plan_ranks(config, kind, ranks)
+    return FileWeights(path, kind, config, provenance, ranks, plan, keep_quantized)
 
 
 def open_config(path: str | Path) -> ModelConfig:

@@ -12,6 +12,14 @@ copies into them, through the same views. Every operation is a permutation of el
 gradients map as weights do. Where a format keeps apart what we keep together (gate and up; one expert and the next),
 its tensors are the steps of the leading axis.
 
+A quantized tensor is its values, which lie as the tensor does, and its scales. These have a row that follows from the
+tensor's own: the axes that a product sums over become one, G, of the groups of inputs that share a scale.
+
+    ours  layers.1.moe.gate_up                         E P D F      layers.1.moe.gate_up_scale             E P G F
+    hf    …feed_forward.experts.gate_up_proj           E D (P F)    …experts.gate_up_proj_scale            E G (P F)
+
+Where a model-parallel rank has a part of the inputs, it has scales of its own for them, which are thus groups too.
+
 The table is total. A tensor that no row claims, one that is missing, has another shape or is there twice, is an error
 that names it, before anything is read.
 
@@ -19,6 +27,7 @@ Sources: `modeling_llama4.py` of transformers 5.23; the load hooks of llama-mode
 `moe.py`), whose published key comes first below and the keys of its own modules after it.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -46,33 +55,8 @@ VISION = {
 _META_IS_NO_WEIGHT = re.compile(
     r"rope\.freqs|freq_cis|.*\._extra_state|.*\.(global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)"
 )
+SCALE = "_scale"  # after the name of a quantized tensor, ours or a file's: the name of its scales
 LANGUAGE_MODEL = "language_model."  # Llama4ForConditionalGeneration puts it before the names of Llama4ForCausalLM
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """values · scales, computed where it is indexed. Both have one shape: scales are broadcast by a stride of 0."""
-
-    values: np.ndarray
-    scales: np.ndarray
-    dtype: np.dtype  # of the product
-
-    @property
-    def shape(self) -> Shape:
-        return self.values.shape
-
-    def __getitem__(self, index) -> "View":
-        if index is None:
-            return Quantized(self.values[None], self.scales[None], self.dtype)
-        return (self.values[index].astype(np.float32) * self.scales[index].astype(np.float32)).astype(self.dtype)
-
-
-def quantized(values: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> Quantized:
-    """Raises ValueError if the scales do not broadcast against the values."""
-    return Quantized(values, np.broadcast_to(scales, values.shape), dtype)
-
-
-View = np.ndarray | Quantized  # what is asked of an array that is read
 
 
 @runtime_checkable
@@ -81,7 +65,7 @@ class Tensors(Protocol):
 
     def shapes(self) -> Mapping[str, Shape]: ...
 
-    def read(self, name: str) -> View: ...
+    def read(self, name: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -105,6 +89,13 @@ class Layout:
     axes: str  # of the tensor, or the stack: "(N H) D"
     split: str | None = None  # the axis that Meta's model-parallel ranks divide among them; None: each has all
     rows: tuple[int, int] | None = None  # (first, of): shares the leading axis of one tensor with other rows
+    scale_axes: str | None = None  # of its scales, where they are not `axes` with G for what is contracted
+
+    def scale(self, contracted: str) -> "Layout":
+        """Of its scales: beside it, a tensor for each of its own."""
+        axes = self.scale_axes or _grouped(self.axes, contracted)
+        split = "G" if self.split in contracted.split() else self.split
+        return Layout(tuple(name + SCALE for name in self.names), axes, split, self.rows)
 
 
 @dataclass(frozen=True)
@@ -112,22 +103,33 @@ class Box:
     """A part of one of our tensors, and where a file has it."""
 
     start: Shape  # of the part, along each of our axes
-    view: View  # the file's tensor, its axes in our order
+    view: np.ndarray  # the file's tensor, its axes in our order
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of ours. `hf` and `meta` list the layouts it may be found in; the first is the one written."""
+    """One tensor of ours. `hf` and `meta` list the layouts it may be found in; the first is the one written.
+
+    - contracted: those of its axes, side by side, that a product with it sums over; "" for what is no matrix
+    - per_byte: numbers that share a byte, neighbours along the last contracted axis. `sizes` are of what is stored
+    """
 
     ours: str
     axes: str
     sizes: Mapping[str, int]  # of each axis
     hf: tuple[Layout, ...]
     meta: tuple[Layout, ...]
+    contracted: str = ""
+    per_byte: int = 1
 
     @property
     def shape(self) -> Shape:
         return tuple(self.sizes[axis] for axis in self.axes.split())
+
+    @property
+    def num_inputs(self) -> int:
+        """Over how many numbers a product with it sums."""
+        return math.prod(self.sizes[axis] for axis in self.contracted.split()) * self.per_byte
 
     @property
     def whole(self) -> "Index":
@@ -135,6 +137,26 @@ class Row:
 
     def layouts(self, fmt: Format) -> tuple[Layout, ...]:
         return self.hf if fmt == "hf" else self.meta
+
+    def scale(self, groups: int) -> "Row":
+        """The row of the scales, if each of `groups` equal runs of inputs has one for each output: [D, N, H] has scales
+        [G, N, H], [N, H, D] has [G, D]."""
+        axes = _grouped(self.axes, self.contracted)
+        sizes = {axis: groups if axis == "G" else self.sizes[axis] for axis in axes.split()}
+        hf, meta = (tuple(layout.scale(self.contracted) for layout in found) for found in (self.hf, self.meta))
+        return Row(self.ours + SCALE, axes, sizes, hf, meta)
+
+    def packed(self) -> "Row":
+        """The row with two numbers a byte."""
+        return self._stored(2)
+
+    def unpacked(self) -> "Row":
+        return self._stored(1)
+
+    def _stored(self, per_byte: int) -> "Row":
+        last = self.contracted.split()[-1] if self.per_byte != per_byte else None
+        sizes = {a: size * self.per_byte // per_byte if a == last else size for a, size in self.sizes.items()}
+        return dataclasses.replace(self, sizes=sizes, per_byte=per_byte)
 
     def file_shape(self, layout: Layout, ranks: int = 1) -> Shape:
         """Of each of the layout's tensors, as one of `ranks` model-parallel ranks holds it.
@@ -150,7 +172,7 @@ class Row:
         return tuple(shape)
 
     def boxes(
-        self, layout: Layout, ranks: Sequence[Sequence[View]], *, first: int = 0, of: int | None = None
+        self, layout: Layout, ranks: Sequence[Sequence[np.ndarray]], *, first: int = 0, of: int | None = None
     ) -> list[Box]:
         """Our tensor as boxes of the layout's tensors: one sequence of them for each rank that holds a part.
 
@@ -173,10 +195,10 @@ class Row:
                     before = layout.rows[0] * sizes[layout.split] // self.sizes[layout.split]
                     tensor = tensor[before : before + own]
                 one = {axis: 1 if axis in stacked else sizes[axis] for axis in start}
-                boxes.append(Box(tuple(start.values()), _view(tensor, f"{layout.axes} -> {self.axes}", one)))
+                boxes.append(Box(tuple(start.values()), rearrange(tensor, f"{layout.axes} -> {self.axes}", **one)))
         return boxes
 
-    def to_ours(self, layout: Layout, *ranks: Sequence[View]) -> np.ndarray:
+    def to_ours(self, layout: Layout, *ranks: Sequence[np.ndarray]) -> np.ndarray:
         """Our array from the layout's tensors: one sequence of them for each rank that has a part of it.
 
         A view where that is possible.
@@ -192,24 +214,20 @@ class Row:
         return {**self.sizes, layout.split: size // ranks}
 
 
+def _grouped(axes: str, contracted: str) -> str:
+    return axes.replace(f"({contracted})", "G").replace(contracted, "G")
+
+
 def groups(axes: str) -> list[tuple[str, ...]]:
     """Which of our axes each axis of a file's tensor is made of: "(N H) D" → [("N", "H"), ("D",)]."""
     return [tuple((group or single).split()) for group, single in re.findall(r"\(([^)]*)\)|(\w+)", axes)]
-
-
-def _view(tensor: View, pattern: str, sizes: Mapping[str, int]) -> View:
-    """`tensor` with its axes in another order, not copied."""
-    if isinstance(tensor, Quantized):
-        return Quantized(*(_view(part, pattern, sizes) for part in (tensor.values, tensor.scales)), tensor.dtype)
-    # Other number formats than numpy's own are slow to copy: see `read_boxes`.
-    return rearrange(tensor, pattern, **sizes)
 
 
 Index = tuple[slice, ...]  # a part of one of our arrays: start and stop along every axis
 
 
 def read_boxes(boxes: Sequence[Box], part: Index) -> np.ndarray:
-    """A part of our array; a view if it lies in one box, and is no quantized one."""
+    """A part of our array; a view if it lies in one box."""
     meeting = list(_meeting(boxes, part))
     if len({box.view.dtype for box in boxes}) > 1:
         raise ValueError(f"the parts of one tensor have different dtypes: {[box.view.dtype.name for box in boxes]}.")
@@ -297,10 +315,18 @@ def rows(config: ModelConfig) -> list[Row]:
         "P": 2,  # the pair: gate, up
     }
 
-    def row(ours: str, axes: str, *, hf: Layout | Sequence[Layout], meta: Sequence[Layout], mlp_dim: int = 0) -> Row:
+    def row(
+        ours: str,
+        axes: str,
+        contracted: str = "",
+        *,
+        hf: Layout | Sequence[Layout],
+        meta: Sequence[Layout],
+        mlp_dim: int = 0,
+    ) -> Row:
         every = {**sizes, "F": mlp_dim}
         of_hf = (hf,) if isinstance(hf, Layout) else tuple(hf)
-        return Row(ours, axes, {axis: every[axis] for axis in axes.split()}, of_hf, tuple(meta))
+        return Row(ours, axes, {axis: every[axis] for axis in axes.split()}, of_hf, tuple(meta), contracted)
 
     table = [
         row(
@@ -318,6 +344,7 @@ def rows(config: ModelConfig) -> list[Row]:
         row(
             "lm_head.kernel",
             "D V",
+            "D",
             hf=_one("lm_head.weight", "V D"),
             meta=[_one("output.weight", "V D", split="V")],
         ),
@@ -350,6 +377,7 @@ def _attention_rows(row: Callable[..., Row], i: int, sizes: Mapping[str, int]) -
             row(
                 f"{ours}attention.{name}.kernel",
                 f"D {heads} H",
+                "D",
                 hf=_one(f"{hf}self_attn.{name}_proj.weight", axes),
                 meta=[
                     _one(meta + "attention.wqkv.weight", axes, split=heads, rows=(first, fused)),
@@ -362,6 +390,7 @@ def _attention_rows(row: Callable[..., Row], i: int, sizes: Mapping[str, int]) -
         row(
             ours + "attention.o.kernel",
             "N H D",
+            "N H",
             hf=_one(hf + "self_attn.o_proj.weight", "D (N H)"),
             meta=[_one(meta + "attention.wo.weight", "D (N H)", split="N")],
         )
@@ -386,6 +415,7 @@ def _dense_rows(row: Callable[..., Row], i: int, mlp_dim: int) -> list[Row]:
         row(
             ours + "mlp.gate_up.kernel",
             "D P F",
+            "D",
             mlp_dim=mlp_dim,
             hf=Layout((gate, up), "P F D"),
             meta=[
@@ -396,6 +426,7 @@ def _dense_rows(row: Callable[..., Row], i: int, mlp_dim: int) -> list[Row]:
         row(
             ours + "mlp.down.kernel",
             "F D",
+            "F",
             mlp_dim=mlp_dim,
             hf=_one(down, "D F"),
             meta=[
@@ -427,12 +458,14 @@ def _moe_rows(row: Callable[..., Row], i: int, config: ModelConfig) -> list[Row]
         row(
             ours + "moe.router.kernel",
             "D E",
+            "D",
             hf=_one(hf + "feed_forward.router.weight", "E D"),
             meta=[_one(meta + "router_DE", "D E")],
         ),
         row(
             ours + "moe.gate_up",
             "E P D F",
+            "D",
             mlp_dim=mlp_dim,
             hf=[
                 _one(hf + "feed_forward.experts.gate_up_proj", "E D (P F)"),
@@ -446,9 +479,11 @@ def _moe_rows(row: Callable[..., Row], i: int, config: ModelConfig) -> list[Row]
         row(
             ours + "moe.down",
             "E F D",
+            "F",
             mlp_dim=mlp_dim,
             hf=[
-                _one(hf + "feed_forward.experts.down_proj", "E F D"),
+                # fbgemm writes these scales as of the transposed matrix
+                Layout((hf + "feed_forward.experts.down_proj",), "E F D", scale_axes="E D G"),
                 Layout(of_each_expert("down"), "E D F"),
             ],
             meta=[
@@ -459,6 +494,7 @@ def _moe_rows(row: Callable[..., Row], i: int, config: ModelConfig) -> list[Row]
         row(
             ours + "moe.shared.gate_up.kernel",
             "D P F",
+            "D",
             mlp_dim=mlp_dim,
             hf=Layout((gate, up), "P F D"),
             meta=[
@@ -469,6 +505,7 @@ def _moe_rows(row: Callable[..., Row], i: int, config: ModelConfig) -> list[Row]
         row(
             ours + "moe.shared.down.kernel",
             "F D",
+            "F",
             mlp_dim=mlp_dim,
             hf=_one(down, "D F"),
             meta=[_one(meta + "w_out_shared_DF.weight", "D F", split="F"), _one(w2, "D F", split="F")],
@@ -496,7 +533,10 @@ def _vision_rows(config: VisionConfig, text_dim: int) -> list[Row]:
     def add(ours: str, axes: str, hf: str, meta: str, file_axes: str | None = None, split: str | None = None) -> None:
         file_axes = file_axes or axes
         own = {axis: sizes[axis] for axis in axes.split()}
-        table.append(Row(ours, axes, own, (_one(hf, file_axes),), (_one(meta, file_axes, split=split),)))
+        contracted = ""
+        if ours.endswith(".kernel"):  # a linear layer, whose inputs come first; those of o are heads
+            contracted = "N H" if axes.startswith("N H") else axes.split()[0]
+        table.append(Row(ours, axes, own, (_one(hf, file_axes),), (_one(meta, file_axes, split=split),), contracted))
 
     def norm(ours: str, hf: str, meta: str) -> None:
         for mine, theirs in (("scale", "weight"), ("bias", "bias")):
@@ -551,6 +591,11 @@ class Plan:
     vision: tuple[str, ...]  # tensors of the vision encoder and its projector, where the config has none
 
     @functools.cached_property
+    def scales(self) -> frozenset[str]:
+        """Those of our tensors that are scales of others."""
+        return frozenset(name + SCALE for name in self.by_name if name + SCALE in self.by_name)
+
+    @functools.cached_property
     def by_name(self) -> dict[str, tuple[Row, Layout]]:
         return {row.ours: (row, layout) for row, layout in self.matches}
 
@@ -569,16 +614,22 @@ def plan(config: ModelConfig, fmt: Format, shapes: Mapping[str, Shape], ranks: i
             names = [name for layout in found for name in layout.names if name in file_names]
             problems.append(f"the same weights twice, as {', '.join(names)}")
         layout = found[0] if found else row.layouts(fmt)[0]
-        for name in layout.names:
-            if name not in file_names:
-                problems.append(f"missing: {name}")
-                continue
-            expected, actual = row.file_shape(layout, ranks), tuple(shapes[file_names[name]])
-            if actual != expected and name not in claimed:
-                problems.append(f"wrong shape: {name} is {list(actual)}, but the config makes it {list(expected)}")
-            claimed.add(name)
+        stored = [(row, layout)]
+        if row.contracted and any(name + SCALE in file_names for name in layout.names):
+            there = {name: tuple(shapes[of_file]) for name, of_file in file_names.items()}
+            stored, problem = _quantized(row, layout, there, ranks)
+            problems += problem
+        for part, part_layout in stored:
+            for name in part_layout.names:
+                if name not in file_names:
+                    problems.append(f"missing: {name}")
+                    continue
+                expected, actual = part.file_shape(part_layout, ranks), tuple(shapes[file_names[name]])
+                if actual != expected and name not in claimed:
+                    problems.append(f"wrong shape: {name} is {list(actual)}, but the config makes it {list(expected)}")
+                claimed.add(name)
         claimed.update(name for other in found for name in other.names)
-        matches.append((row, layout))
+        matches += stored
     problems += [f"unknown: {name}" for name in file_names if name not in claimed]
     if problems:
         raise ValueError(
@@ -588,6 +639,23 @@ def plan(config: ModelConfig, fmt: Format, shapes: Mapping[str, Shape], ranks: i
             + "\nCheck that the config and the weights belong together."
         )
     return Plan(tuple(matches), file_names, tuple(vision))
+
+
+def _quantized(
+    row: Row, layout: Layout, shapes: Mapping[str, Shape], ranks: int
+) -> tuple[list[tuple[Row, Layout]], list[str]]:
+    """What is stored of a quantized tensor, given the shapes of the files' tensors: the row of its values, packed if
+    they are half as long, and that of its scales, of as many groups as these show; and what is wrong with them."""
+    values = next((shapes[name] for name in layout.names if name in shapes), ())
+    if 2 * math.prod(values) == math.prod(row.file_shape(layout, ranks)):
+        row = row.packed()
+    of_scales = layout.scale(row.contracted)
+    share = ranks if of_scales.split == "G" else 1  # ranks with inputs of their own have groups of their own
+    name = next(name for name in of_scales.names if name in shapes)
+    groups = max(1, math.prod(shapes[name]) // math.prod(row.scale(share).file_shape(of_scales, ranks)))
+    inputs = row.num_inputs // share
+    problems = [f"{name} has {groups} groups, which do not divide {inputs} inputs"] if inputs % groups else []
+    return [(row, layout), (row.scale(share * groups), of_scales)], problems
 
 
 def _names_in_table(

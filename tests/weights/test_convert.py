@@ -30,8 +30,7 @@ from llama4_jax.data.config import DataConfig
 from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import preset
-from llama4_jax.weights import checkpoint
-from llama4_jax.weights import convert as convert_module
+from llama4_jax.weights import checkpoint, workplace
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves
 from llama4_jax.weights.convert import Done, convert, export
 from llama4_jax.weights.load import named_variables
@@ -339,8 +338,8 @@ def test_an_interrupted_conversion_goes_on_and_does_not_redo_what_is_finished(in
     assert not (tmp_path / "out").exists()
     journal = (tmp_path / "out.unfinished" / "finished.jsonl").read_text().splitlines()[1:]
     prepared = []
-    original = convert_module._parts
-    monkeypatch.setattr(convert_module, "_parts", lambda *a: prepared.append(a) or original(*a))
+    original = workplace.parts_of
+    monkeypatch.setattr(workplace, "parts_of", lambda *a: prepared.append(a) or original(*a))
     done = go(tmp_path / "out")
     assert len(journal) > 10 and done.resumed == len(journal) and len(prepared) == done.tensors - len(journal)
     assert not (tmp_path / "out.unfinished").exists()
@@ -360,7 +359,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_conversion_stopped_while_it_is_put_together_goes_on(scout_dir, tmp_path, monkeypatch):
     convert(scout_dir, tmp_path / "undisturbed")
     with monkeypatch.context() as patched:
-        patched.setattr(convert_module, "_copy_companions", lambda *_: 1 / 0)
+        patched.setattr(workplace, "copy_companions", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(scout_dir, tmp_path / "out")
     assert list((tmp_path / "out.unfinished" / "made").rglob(".zarray"))  # moved there already

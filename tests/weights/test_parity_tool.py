@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.experimental.compilation_cache import compilation_cache
+from compiled_once import each_program_is_compiled_once  # noqa: F401
 from oracles import hf, meta, ours
 from oracles.cases import BY_NAME, MAVERICK, SCOUT
 from safetensors.torch import load_file, save_file
@@ -42,23 +42,6 @@ ROUNDING = 1.5e-6
 # A NoPE layer, then two with RoPE, as Scout's are: faults of RoPE begin in layer 1.
 SMALL = dataclasses.replace(SCOUT, name="small", layers=3, rope_pattern=(False, True, True))
 TWO = dataclasses.replace(SCOUT, name="two", layers=2)  # both with RoPE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def each_program_is_compiled_once(tmp_path_factory):
-    """Each run compiles its layers anew, since they may have been changed; with a cache in files it is soon done."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +299,7 @@ def test_inverted_chunks_are_named(checkpoint, monkeypatch):
 
 
 def test_a_router_after_the_experts_is_named(checkpoint, monkeypatch):
-    def gate_after(x, expert, gate, weights):
+    def gate_after(x, expert, gate, weights, **_):
         rows, expert, gate = (y.reshape(-1, y.shape[-1]) for y in (x, expert, gate))
         routing = sort_by_expert(expert, gate, len(weights.down))
         y = grouped_matmul(dispatch(rows, routing), weights.gate_up, routing.group_sizes)

@@ -280,3 +280,46 @@ def test_tensors_are_read_one_row_at_a_time():
     assert reads == []
     next(stream)
     assert reads == ["model.embed_tokens.weight"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scales of quantized tensors
+
+
+@every_case
+def test_every_matrix_says_what_its_products_sum_over_and_nothing_else_does(case):
+    by_name = {row.ours: row for row in rows(config_of(case))}
+    for name, row in by_name.items():
+        matrix = name.endswith((".kernel", ".gate_up", ".down"))
+        assert bool(row.contracted) == matrix, name
+    assert by_name["layers.0.attention.o.kernel"].num_inputs == case.heads * case.head_dim
+    assert by_name["layers.0.attention.q.kernel"].num_inputs == case.embed
+
+
+def test_rows_of_scales_follow_from_those_of_their_tensors():
+    table = {row.ours: row for row in rows(config_of(MAVERICK))}
+    shapes = {
+        "layers.0.attention.q.kernel": (4, MAVERICK.heads, MAVERICK.head_dim),
+        "layers.0.attention.o.kernel": (4, MAVERICK.embed),
+        "layers.0.mlp.gate_up.kernel": (4, 2, MAVERICK.mlp),
+        "layers.1.moe.gate_up": (MAVERICK.experts, 2, 4, MAVERICK.expert_mlp),
+        "layers.1.moe.down": (MAVERICK.experts, 4, MAVERICK.embed),
+    }
+    for name, shape in shapes.items():
+        scale = table[name].scale(4)
+        assert (scale.ours, scale.shape) == (name + "_scale", shape)
+        for layout, of_values in zip(scale.hf + scale.meta, table[name].hf + table[name].meta, strict=True):
+            assert layout.names == tuple(f"{theirs}_scale" for theirs in of_values.names)
+    o, down = (table[name].scale(4) for name in ("layers.0.attention.o.kernel", "layers.1.moe.down"))
+    assert (o.hf[0].axes, o.meta[0].axes, o.meta[0].split) == ("D G", "D G", "G")  # ranks have inputs of their own
+    assert (down.hf[0].axes, down.hf[1].axes, down.meta[1].axes) == ("E D G", "E D G", "E G D")
+    gate_up = table["layers.1.moe.gate_up"].scale(1)
+    assert (gate_up.hf[0].axes, gate_up.hf[1].axes, gate_up.meta[1].split) == ("E G (P F)", "(E P) F G", "F")
+
+
+def test_two_numbers_a_byte_halve_the_last_of_the_contracted_axes():
+    for row in rows(config_of(MAVERICK)):
+        if row.contracted and not row.sizes[row.contracted.split()[-1]] % 2:
+            packed, last = row.packed(), row.axes.split().index(row.contracted.split()[-1])
+            assert packed.shape == (*row.shape[:last], row.shape[last] // 2, *row.shape[last + 1 :])
+            assert packed.packed() == packed and packed.unpacked() == row and packed.num_inputs == row.num_inputs

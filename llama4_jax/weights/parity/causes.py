@@ -67,6 +67,62 @@ class Cause:
     rules: dict[str, tuple[Any, Any]]
 
 
+_MOST_STEPS = 1.5  # rounding makes half a step; Meta's int4, which cuts off the largest number of a group, up to one
+_CAST = 2.0**-7  # of what is not quantized, but perhaps in bfloat16 on one side
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the weights of a quantized layer differ from the reference's.
+
+    - tensors: how many are quantized
+    - worst, steps: that which is farthest off, in steps from one of the numbers that it can hold to the next
+    - others: in words, those that are not quantized, and differ
+    """
+
+    tensors: int
+    worst: str
+    steps: float
+    others: list[str]
+
+    @property
+    def sound(self) -> bool:
+        """They are the reference's weights, rounded."""
+        return self.steps <= _MOST_STEPS and not self.others
+
+    def cause(self) -> Cause:
+        text = (
+            _of_weights(self.others)
+            if self.others
+            else (
+                f"the weights are quantized, and not from the reference's: {self.worst} is off by {self.steps:.3g} "
+                f"steps from one number that it can hold to the next, where rounding makes half a step."
+            )
+        )
+        return Cause("weights", 0, text, {})
+
+
+def rounding(
+    ours: Callable[[str], np.ndarray], step: Callable[[str], np.ndarray | None], theirs: Tensors
+) -> Rounding | None:
+    """The weights of a layer beside the reference's; None if none is quantized.
+
+    - ours: a tensor by its name, dequantized
+    - step: how far each of its numbers is from the next; None of what is not quantized
+    """
+    off, others = {}, []
+    for name, right in theirs.items():  # one after another, since a layer may be all that fits
+        mine, steps = ours(name), step(name)
+        if steps is None:
+            others += _unequal_weights({name: mine}, {name: right}, _CAST)
+        else:
+            off[name] = float(np.max(np.abs(mine - right) / steps))
+    if not off:
+        return None
+    worst = max(off, key=lambda name: float(np.nan_to_num(off[name], nan=np.inf)))
+    return Rounding(len(off), worst, off[worst], others)
+
+
 def diagnose(
     i: int,
     x: Float[np.ndarray, "B T D"],

@@ -10,20 +10,21 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llama4_jax.model.config import LayerSpec
-from llama4_jax.weights.parity.causes import Cause, diagnose, diagnose_head
+from llama4_jax.weights.parity.causes import Cause, diagnose, diagnose_head, rounding
 from llama4_jax.weights.parity.gradients import backwards
 from llama4_jax.weights.parity.options import (
-    TOLERANCE,
     ParityOptions,
     boundaries,
     check,
     check_sizes,
     make_tokens,
     row_length,
+    tolerance_of,
 )
 from llama4_jax.weights.parity.ours import OurLayer, Ours
 from llama4_jax.weights.parity.plot import plot
 from llama4_jax.weights.parity.report import (
+    BFLOAT16_TOLERANCE,
     Difference,
     Divergence,
     LayerReport,
@@ -32,6 +33,7 @@ from llama4_jax.weights.parity.report import (
 )
 from llama4_jax.weights.parity.sides import CHOSEN, Side, Stages, positions_at_once
 from llama4_jax.weights.source import Weights, open_weights
+from llama4_jax.weights.table import SCALE
 
 # What may differ by more, in tolerances. Measured as those were: logits at the end 8e-7 and 0.13, gradients 1.2e-6 and
 # 2.7e-2.
@@ -45,6 +47,8 @@ def run(options: ParityOptions, *, say: Callable[[str], None] = lambda line: Non
 
     - say: is told of each layer when it is done, in a line
 
+    Of a quantized directory and one that is not, the latter is the reference, whichever is named first.
+
     Raises ValueError for options that make no sense or do not fit the directories, and for packages that are not
     installed; FileNotFoundError for a path that is not there.
     """
@@ -52,18 +56,28 @@ def run(options: ParityOptions, *, say: Callable[[str], None] = lambda line: Non
     weights = open_weights(options.path)
     against = weights if options.against is None else open_weights(options.against)
     check_sizes(weights, against)
+    if is_quantized(weights) and not is_quantized(against):
+        options = dataclasses.replace(options, path=options.against, against=options.path)
+        weights, against = against, weights
+    if options.grads and is_quantized(against):
+        raise ValueError(f"--grads has nothing to compare with: {against.path} is quantized, for inference alone.")
     length = row_length(options, weights.config)
     tokens, source = make_tokens(options, weights.config, length)
-    tolerance = TOLERANCE[options.dtype] if options.tolerance is None else options.tolerance
+    ours = Ours(against, options.dtype)
     # Elsewhere than on a CPU, products of float32 are made of less unless told otherwise.
     with jax.default_matmul_precision("highest"), _open_reference(options, weights, length) as reference:
-        report = _compare(reference, Ours(against, options.dtype), tokens, source, tolerance, options, say)
+        report = _compare(reference, ours, tokens, source, tolerance_of(options, ours.schemes.values()), options, say)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False), encoding="utf-8")
     if options.plot is not None:
         plot(report, options.plot)
     return report
+
+
+def is_quantized(weights: Weights) -> bool:
+    names = set(weights.names)
+    return any(name + SCALE in names for name in names)
 
 
 @contextlib.contextmanager
@@ -78,7 +92,7 @@ def _open_reference(options: ParityOptions, weights: Weights, length: int) -> It
             f"auto or ours."
         )
     if kind == "ours":
-        yield Ours(weights, "float32")
+        yield Ours(weights, "float32", dequantize=True)
         return
     if kind == "meta" and options.grads:
         raise ValueError(
@@ -118,22 +132,29 @@ def _compare(
     decoded = min(options.decode, length - 1)
     theirs, mine = reference.embed(tokens), ours.embed(tokens)
     embedding = _difference(mine, theirs, tolerance)
-    divergence = None if embedding.within(tolerance) else Divergence("the embedding", None, None)
+    # What the weights say in float32, if that is not what the reference computes.
+    own = None
+    if ours.quantized and not (isinstance(reference, Ours) and reference.weights is ours.weights):
+        own = Ours(ours.weights, "float32", dequantize=True)
+    kept_tolerance = tolerance if own is None else max(tolerance, BFLOAT16_TOLERANCE)
+    divergence = None if embedding.within(kept_tolerance) else Divergence("the embedding", None, None)
     inputs, ties, layers = [], [], []
     for i in range(reference.config.num_layers):
         inputs += [(theirs, mine)] if options.grads else []
         layer, divergence, same, (theirs, mine) = _layer(
-            i, reference, ours, theirs, mine, tolerance=tolerance, decoded=decoded, known=divergence
+            i, reference, ours, own, theirs, mine, tolerance=tolerance, decoded=decoded, known=divergence
         )
         layers.append(layer)
-        say(f"layer {i} of {reference.config.num_layers}: {layer.kind}, alone {layer.alone.max:.1e}")
+        on_own = "" if layer.own is None else f", on its own weights {layer.own.max:.1e}"
+        say(f"layer {i} of {reference.config.num_layers}: {layer.kind}, alone {layer.alone.max:.1e}{on_own}")
         ties.append(~same)
     head, logits, cause = _end(reference, ours, theirs, mine, tokens, tolerance)
-    if divergence is None and not head.within(tolerance):
+    if divergence is None and not head.within(kept_tolerance):
         divergence = Divergence("the final norm and output head", None, cause)
     report = Report(
         reference=reference.label,
         candidate=ours.label,
+        quantized=None if own is None else ours.scheme,
         tokens=source,
         shape=(batch, length),
         tolerance=tolerance,
@@ -158,6 +179,7 @@ def _layer(
     i: int,
     reference: Side,
     ours: Ours,
+    own: Ours | None,
     theirs: Float[np.ndarray, "B T D"],
     mine: Float[np.ndarray, "B T D"],
     *,
@@ -183,16 +205,27 @@ def _layer(
         ties=ties,
         decode=_decode(our_layer, theirs, alone, decoded, tolerance) if decoded else None,
     )
-    if known is None and not report.alone.within(tolerance):
+    judged = report.alone
+    judge, judge_layer, judge_stages, judge_same = reference, their_layer, right, same
+    if own is not None:
+        judge, judge_layer = own, own.layer(i)
+        judge_stages = judge_layer.run(theirs)
+        judge_same, _, _ = _routing(alone, judge_stages, tolerance)
+        judged = report.own = _stage_difference(alone, judge_stages, judge_same, tolerance)
+        if not (isinstance(reference, Ours) and reference.quantized):
+            report.rounding = rounding(ours.tensor, ours.step, their_layer.tensors())
+    if known is None and not judged.within(tolerance):
         cause = diagnose(
             i,
             theirs,
             (ours.config, alone, our_layer.tensors()),
-            (reference.config, right, their_layer.tensors()),
-            same,
+            (judge.config, judge_stages, judge_layer.tensors()),
+            judge_same,
             tolerance,
         )
         known = Divergence(f"layer {i} ({report.kind})", i, cause)
+    elif known is None and report.rounding is not None and not report.rounding.sound:
+        known = Divergence(f"the weights of layer {i} ({report.kind})", i, report.rounding.cause())
     elif known is None and report.decode is not None and not report.decode.within(tolerance):
         known = Divergence(f"decoding in layer {i} ({report.kind})", i, None)
     return report, known, same, (right["layer output"], carried["layer output"])
@@ -267,7 +300,7 @@ def _end(
     their_head, our_head = reference.head(), ours.head()
     length, vocab = theirs.shape[1], reference.config.vocab_size
     block = positions_at_once(len(tokens), vocab)
-    scale, same_top, kl, loss = 0.0, 0, [], np.zeros(2)
+    scale, same_top, kl, losses = 0.0, [], [], []
     errors = {"alone": ([], 0.0), "end": ([], 0.0)}  # the largest at each position; the sum
     for start in range(0, length, block):
         part = slice(start, min(start + block, length))
@@ -276,12 +309,14 @@ def _end(
             error, (largest, total) = np.abs(logits - right), errors[name]
             errors[name] = ([*largest, *error.max(axis=(0, 2)).tolist()], total + float(error.sum(dtype=np.float64)))
         scale = max(scale, float(np.abs(right).max()))
-        same_top += int((right.argmax(axis=-1) == end.argmax(axis=-1)).sum())
+        same_top += (right.argmax(axis=-1) == end.argmax(axis=-1)).mean(axis=0).tolist()
         log_p, log_q = _log_softmax(right), _log_softmax(end)
         kl += (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean(axis=0).tolist()
         targets = tokens[:, part.start + 1 : part.stop + 1, None]  # the last position has none
-        for side, log in enumerate((log_q, log_p)):
-            loss[side] -= np.take_along_axis(log[:, : targets.shape[1]], targets, -1).sum()
+        nats = [
+            -np.take_along_axis(log[:, : targets.shape[1]], targets, -1).mean(axis=(0, 2)) for log in (log_q, log_p)
+        ]
+        losses += zip(*(side.tolist() for side in nats), strict=True)
 
     def difference(name: str, tolerance: float) -> Difference:
         largest, total = errors[name]
@@ -290,14 +325,16 @@ def _end(
         mean = total / (tokens.size * vocab * (scale or 1.0))
         return Difference(float(by_position.max()), mean, int(beyond[0]) if beyond.size else None)
 
-    ours, reference = (loss / (tokens.size - len(tokens))).tolist()
+    ours, reference = np.mean(losses, axis=0).tolist()
     logits = Logits(
         difference=difference("end", _CARRIED * tolerance),
         scale=scale,
-        top1=same_top / tokens.size,
+        top1=float(np.mean(same_top)),
+        top1_by_position=same_top,
         max_by_position=(np.array(errors["end"][0]) / (scale or 1.0)).tolist(),
         kl_by_position=kl,
         loss=(ours, reference),
+        loss_by_position=losses,
     )
     alone = difference("alone", tolerance)
     if alone.within(tolerance):

@@ -1,5 +1,6 @@
 """What is compared with what: options, and the tokens that follow from them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,12 +11,13 @@ from tyro.conf import Positional
 
 from llama4_jax.inputs.tokenizer import load_tokenizer
 from llama4_jax.model.config import ModelConfig
+from llama4_jax.ops.quantization import Scheme
 from llama4_jax.weights.parity.plot import require_matplotlib
-from llama4_jax.weights.parity.report import Boundaries
+from llama4_jax.weights.parity.report import BFLOAT16_TOLERANCE, Boundaries
 from llama4_jax.weights.source import Weights
 
 # Of a part alone, by the number format of ours. Measured in the worst of seven tiny models: 9e-7 and 1.7e-2.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
+TOLERANCE = {"float32": 1e-5, "bfloat16": BFLOAT16_TOLERANCE}
 
 _MOST_TOKENS = 256  # of a row, unless asked for
 _LEAST_TOKENS = 64
@@ -24,7 +26,11 @@ _BEYOND = 32  # positions past a boundary, where tokens are advised
 
 @dataclass(frozen=True, kw_only=True)
 class ParityOptions:
-    """Run a reference and ours on the same tokens, layer by layer, and say where they differ and why."""
+    """Run a reference and ours on the same tokens, layer by layer, and say where they differ and why.
+
+    Quantized weights are meant to differ from those that they were made of: beside these it is said by how much, and
+    they pass if each is one of these rounded and our products with them are right. Exit code 0: passed, 1: not.
+    """
 
     # What the reference computes: a Hugging Face or Meta directory, or one of ours.
     path: Positional[Path]
@@ -54,6 +60,15 @@ class ParityOptions:
     # Of a part of the model alone, as a fraction of its output's largest magnitude. None: 1e-5 in float32, 5e-2 in
     # bfloat16.
     tolerance: float | None = None
+
+
+def tolerance_of(options: ParityOptions, schemes: Iterable[Scheme]) -> float:
+    """Of a part of a candidate with weights of these schemes. Weights of int8 may be multiplied with numbers rounded to
+    int8, by `ops.quantized_matmul`: 2.5e-2 in the worst of the seven."""
+    if options.tolerance is not None:
+        return options.tolerance
+    rounds = any(scheme.weights == "int8" for scheme in schemes)
+    return max(TOLERANCE[options.dtype], BFLOAT16_TOLERANCE if rounds else 0)
 
 
 def check(options: ParityOptions) -> None:

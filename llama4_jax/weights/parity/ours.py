@@ -1,4 +1,8 @@
-"""Our side: the model's own modules, one layer at a time, compiled once for each kind of layer."""
+"""Our side: the model's own modules, one layer at a time, compiled once for each kind of layer.
+
+Quantized weights are multiplied as they are when one infers. Dequantized they are ordinary weights in float32, by which
+it is told what their rounding does to the model from what our products with them do.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,25 +22,46 @@ from llama4_jax.model.layers import Linear, RMSNorm, SwiGLU
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.moe import MoE
 from llama4_jax.ops.cross_entropy import token_nll
+from llama4_jax.weights.dequantize import dequantized, steps
+from llama4_jax.weights.load import abstract_model
 from llama4_jax.weights.parity.sides import CHOSEN, Stages, Tensors, watching
+from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.source import Weights
+from llama4_jax.weights.table import SCALE, rows
 
 
 class Ours:
-    """Our model with the weights of a directory. See `sides.Side`."""
+    """Our model with the weights of a directory. See `sides.Side`.
 
-    def __init__(self, weights: Weights, dtype: str):
-        self.label = f"ours in {dtype}: {weights.path}"
+    - dequantize: quantized weights are those numbers in float32 that they stand for
+    - schemes: how each matrix that is quantized is, by its name
+    """
+
+    def __init__(self, weights: Weights, dtype: str, *, dequantize: bool = False):
         self.config = weights.config
         self.weights = weights
         self.precision = Precision(params=dtype, compute=dtype)
+        self.parameters = Parameters(weights)
+        self.quantized = {row.ours: row for row in rows(weights.config) if self.parameters.is_quantized(row.ours)}
+        self.schemes = {name: self.parameters.scheme(name) for name in self.quantized}
+        self.dequantize = dequantize
+        kind = f" on weights of {self.scheme}{', dequantized' if dequantize else ''}" if self.quantized else ""
+        self.label = f"ours in {dtype}{kind}: {weights.path}"
         # Shapes only: weights are read when their layer's turn comes.
-        self.model = nnx.eval_shape(lambda: Llama4(weights.config, precision=self.precision, scan_layers=False))
+        if self.quantized and not dequantize:
+            self.model = abstract_model(weights, self.precision)
+        else:
+            self.model = nnx.eval_shape(lambda: Llama4(weights.config, precision=self.precision, scan_layers=False))
         # Compiled here, and not once for all: what is compared may have been changed since.
         self.compiled = {
             run: jax.jit(getattr(self, f"_{run}"), static_argnums=0)
             for run in ("layer", "step", "backward", "head", "head_backward")
         }
+
+    @property
+    def scheme(self) -> str:
+        """How the weights are quantized, in words."""
+        return " and ".join(sorted({str(scheme) for scheme in self.schemes.values()}))
 
     def embed(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T D"]:
         embed = nnx.merge(*self._read(self.model.embed, "embed"))
@@ -56,16 +81,26 @@ class Ours:
         return OurHead(self, self._read(self.model.final_norm, "final_norm"), self._read(self.model.lm_head, "lm_head"))
 
     def tensors(self, prefix: str, state: nnx.State) -> Tensors:
-        """The parameters of a part as the directory holds them, before any cast."""
+        """The parameters of a part as the directory holds them, before any cast; quantized ones dequantized."""
         names = [".".join(map(str, (prefix, *path))) for path, _ in nnx.to_flat_state(state)]
-        return {name: self.weights.read(name).astype(np.float32) for name in names}
+        scales = {name + SCALE for name in self.quantized}
+        return {name: self.tensor(name) for name in names if name not in scales}
+
+    def tensor(self, name: str) -> Float[np.ndarray, "..."]:
+        row = self.quantized.get(name)
+        return self.weights.read(name).astype(np.float32) if row is None else dequantized(row, self.weights)
+
+    def step(self, name: str) -> Float[np.ndarray, "..."] | None:
+        """How far each number of a quantized tensor is from the next; None of what is not quantized."""
+        row = self.quantized.get(name)
+        return None if row is None else steps(row, self.weights)
 
     def _read(self, module: nnx.Module, prefix: str) -> tuple[nnx.GraphDef, nnx.State]:
         graphdef, state = nnx.split(module)
         filled = {}  # new variables: the model keeps its shapes
         for path, variable in nnx.to_flat_state(state):
             name, expected = ".".join(map(str, (prefix, *path))), variable.get_value()
-            array = self.weights.read(name)
+            array = self.tensor(name) if self.dequantize else self.parameters.read(name)
             if array.shape != expected.shape:
                 raise ValueError(
                     f"{self.weights.path}: {name} is {list(array.shape)}, but the config makes it "
