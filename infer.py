@@ -33,6 +33,8 @@ class Model:
     mesh: MeshConfig = dataclasses.field(
         default_factory=lambda: MeshConfig(data=1)
     )  # one device, or as many as it says
+    keep_quantized: bool = False  # a published checkpoint's weights of few bits stay so; those of ours always do
+    activations: Literal["auto", "float", "int8"] = "auto"  # what weights of few bits are multiplied with
     template: Literal["meta", "checkpoint"] = "meta"  # of messages: Meta's format, or the directory's Jinja template
 
 
@@ -48,7 +50,14 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(Model, Sampling):
+class Cache:
+    """How the past is held."""
+
+    cache: Literal["float", "int8"] = "float"  # keys and values in --dtype, or in int8, of half bfloat16's size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Model, Sampling, Cache):
     """Continue a prompt, writing as it goes. With --image, --tools or --system, answer it instead: it is then a user's
     message. Each <|image|> in it is the place of an --image."""
 
@@ -62,7 +71,7 @@ class Generate(Model, Sampling):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chat(Model, Sampling):
+class Chat(Model, Sampling, Cache):
     """Talk with the model, a line at a time. /help says what else can be typed; Ctrl-C stops a reply."""
 
     max_new_tokens: int = 512  # of a reply, at most
@@ -72,7 +81,7 @@ class Chat(Model, Sampling):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch(Model, Sampling):
+class Batch(Model, Sampling, Cache):
     """Answer a file of requests, a line each, as OpenAI's API has them. The same command goes on where it stopped. The
     exit code is 1 if a line could not be answered; its reply says why."""
 
@@ -142,7 +151,8 @@ def load(options: Model):
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
-    return from_pretrained(options.model, mesh=mesh, dtype=dtype), mesh
+    how = {"keep_quantized": options.keep_quantized, "activations": options.activations}
+    return from_pretrained(options.model, mesh=mesh, dtype=dtype, **how), mesh
 
 
 def generate(options: Generate) -> None:
@@ -190,6 +200,7 @@ def generate(options: Generate) -> None:
             images=[prompt.tiles] * options.num_samples,
             stop_ids=tokenizer.stop_ids,
             on_tokens=write,
+            cache=options.cache,
             **sampling(options),
         )
     finished = time.perf_counter()
@@ -266,7 +277,9 @@ def chat(options: Chat) -> None:
     model, mesh = load(options)
     import jax
 
-    conversation = infer_chat.Chat(model, processor, system=system, tools=tools, **sampling(options))
+    conversation = infer_chat.Chat(
+        model, processor, system=system, tools=tools, cache=options.cache, **sampling(options)
+    )
     print(f"{options.model}: /image, /system, /reset, /quit, /help", file=sys.stderr)
 
     def show(event) -> None:
@@ -350,7 +363,7 @@ def batch(options: Batch) -> int:
         print(f"{progress.done + progress.earlier} answered, {progress.errors} of them by an error", file=sys.stderr)
 
     with jax.set_mesh(mesh):
-        done = answer_file(model, processor, options.in_, options.out, report=report, **how)
+        done = answer_file(model, processor, options.in_, options.out, cache=options.cache, report=report, **how)
     before = f", {done.earlier} of them before" if done.earlier else ""
     print(f"{options.out}: {done.done + done.earlier} replies{before}, {done.errors} errors")
     return 1 if done.errors else 0

@@ -3,6 +3,7 @@
     llama4 inspect  path                                        # format, config and where it comes from, every tensor
     llama4 convert  path/to/hf_or_meta_dir  runs/scout          # → Orbax; --dtype bfloat16, --verify
     llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
+    llama4 quantize runs/scout  runs/scout-int4  --weights int4 # or int8, fp8; --group 32
     llama4 parity   path/to/hf_dir                              # against transformers, layer by layer
     llama4 plan     scout_pretrain  --topology v5p:4x4x8        # what a step costs on a pod that is not here; --search
 
@@ -38,6 +39,7 @@ class Convert:
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
     dtype: Dtype | None = None  # of all tensors; None: as they are
+    keep_quantized: bool = False  # values of 8 or 4 bits stay as they are, with their scales; else they become bfloat16
     verify: bool = False  # read everything back and compare it bit for bit
 
 
@@ -53,8 +55,22 @@ class Export:
     verify: bool = False  # read everything back and compare it bit for bit
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Make a directory of ours whose decoder has matrices of few bits, and say of every tensor what it became. Kept as
+    they are: router, embedding, output head, norms, biases, and the vision encoder."""
+
+    source: tyro.conf.Positional[Path]  # of ours, Hugging Face, or Meta
+    destination: tyro.conf.Positional[Path]
+    weights: Literal["int8", "int4", "fp8"]  # int4 with a scale for each group of inputs, others for each output
+    group: int | None = None  # inputs that share a scale; None: 128 for int4, all for others
+    dtype: Dtype | None = None  # of what is kept; None: as it is
+    verify: bool = False  # read everything back and compare it bit for bit
+
+
 def main(arguments: list[str] | None = None) -> int:
-    commands = {"inspect": Inspect, "convert": Convert, "export": Export, "parity": ParityOptions, "plan": PlanOptions}
+    commands = {"inspect": Inspect, "convert": Convert, "export": Export, "quantize": Quantize, "parity": ParityOptions,
+                "plan": PlanOptions}  # fmt: skip
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["plan"] and "--help" not in arguments and "-h" not in arguments:
@@ -70,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
+def _run(command: Inspect | Convert | Export | Quantize | ParityOptions) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant: no jax arrays, nothing to merge
@@ -87,6 +103,7 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
                     command.source,
                     command.destination,
                     dtype=command.dtype,
+                    keep_quantized=command.keep_quantized,
                     verify=command.verify,
                     report=progress.report,
                     say=_to_stderr,
@@ -106,6 +123,23 @@ def _run(command: Inspect | Convert | Export | ParityOptions) -> int:
                     report=progress.report,
                 )
             progress.say(done, command.destination)
+        case Quantize():
+            from llama4_jax.ops.quantization import Scheme
+            from llama4_jax.weights.quantize import quantize
+
+            group = 128 if command.group is None and command.weights == "int4" else command.group
+            with _Progress(f"{command.source} → {command.destination}") as progress:
+                made = quantize(
+                    command.source,
+                    command.destination,
+                    Scheme(command.weights, group),
+                    dtype=command.dtype,
+                    verify=command.verify,
+                    report=progress.report,
+                    say=_to_stderr,
+                )
+            print(made.table)
+            progress.say(made.done, command.destination)
         case ParityOptions():
             from llama4_jax.weights.parity import run
 

@@ -134,9 +134,15 @@ class SavedModel:
     provenance: dict[str, str] | None = None
 
 
-def converted_to_json(model: ModelConfig, provenance: dict[str, str]) -> str:
-    """The config.json of a directory that was converted from another format: a model, and no run."""
-    return json.dumps({"model": dataclasses.asdict(model), "provenance": provenance}, indent=1)
+def converted_to_json(
+    model: ModelConfig, provenance: dict[str, str], quantization: dict[str, str | int | None] | None = None
+) -> str:
+    """The config.json of a directory that was converted from another format: a model, and no run.
+
+    - quantization: of its weights: "weights", the scheme, and "group", how many inputs share a scale (None: all)
+    """
+    tree = {"model": dataclasses.asdict(model), "provenance": provenance}
+    return json.dumps(tree if quantization is None else tree | {"quantization": quantization}, indent=1)
 
 
 def model_from_json(text: str) -> SavedModel:

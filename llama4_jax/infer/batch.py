@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama4_jax.infer.chat import check_sampling
-from llama4_jax.infer.generate import generate
+from llama4_jax.infer.generate import check_cache, generate
 from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages, read_tools
 from llama4_jax.inputs.tokenizer import Tokenizer, utf8
 from llama4_jax.inputs.tool_calls import ParsedReply, parse_reply
@@ -65,17 +65,21 @@ def answer_file(
     destination: Path,
     *,
     batch_size: int = 8,
+    cache: str = "float",
     report: Callable[[Progress], None] = lambda progress: None,
     **defaults: Any,
 ) -> Progress:
     """Answers the requests of `source` that `destination` does not answer yet.
 
     - batch_size: requests answered together
+    - cache: of `generate`
     - report: is called after each of these batches
     - defaults: for requests that do not say: max_new_tokens (512), temperature (0), top_p (1), top_k (None), seed (0)
 
-    A line that is no request gets an error as its reply, and the others are answered. Raises as `check_files`.
+    A line that is no request gets an error as its reply, and the others are answered. Raises as `check_files` and
+    `check_cache`.
     """
+    check_cache(cache)
     answered = check_files(source, destination, batch_size=batch_size, **defaults)
     defaults = {**_DEFAULTS, **defaults}
     lines = _lines(source)
@@ -89,7 +93,7 @@ def answer_file(
                 continue
             replies = [
                 {**reply, "request": digests[reply["line"]]}
-                for reply in _answer(model, processor, batch, source.parent, defaults["seed"])
+                for reply in _answer(model, processor, batch, source.parent, defaults["seed"], cache)
                 if reply["line"] not in answered
             ]
             out.write(b"".join(utf8(json.dumps(reply, ensure_ascii=False)) + b"\n" for reply in replies))
@@ -211,7 +215,7 @@ def _batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
 
 
 def _answer(
-    model: Llama4, processor: Processor, batch: Sequence[Request], folder: Path, seed: int
+    model: Llama4, processor: Processor, batch: Sequence[Request], folder: Path, seed: int, cache: str
 ) -> list[dict[str, Any]]:
     """The replies, in order."""
     replies: dict[int, dict[str, Any]] = {}
@@ -234,6 +238,7 @@ def _answer(
         [prompt.tokens for _, prompt, _ in asked],
         images=[prompt.tiles for _, prompt, _ in asked],
         stop_ids=processor.tokenizer.stop_ids,
+        cache=cache,
         **sampling,
     )
     for (request, prompt, tools), row in zip(asked, rows, strict=True):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama4_jax.infer.generate import generate
+from llama4_jax.infer.generate import check_cache, generate
 from llama4_jax.infer.sampling import make_sampling
 from llama4_jax.inputs.messages import Message, Picture, Tool, ToolCall, read_tools
 from llama4_jax.inputs.tokenizer import StreamDecoder
@@ -45,10 +45,11 @@ class Chat:
     - tools: that the model may call; without any, all that it writes is text
     - functions: what runs a tool, by its name, with the call's arguments. It returns text, or anything that JSON can
       hold; what it raises is told to the model
+    - cache: of `generate`
     - sampling: arguments of `generate`: max_new_tokens (512), temperature, top_p, top_k, and the seed of the first
       reply; each after it has the next
 
-    Raises ValueError for tools that are none, for a function without a tool, and as `check_sampling`.
+    Raises ValueError for tools that are none, for a function without a tool, and as `check_cache` and `check_sampling`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Chat:
         system: str | None = None,
         tools: Sequence[Tool | dict[str, Any]] = (),
         functions: Mapping[str, Callable[..., Any]] | None = None,
+        cache: str = "float",
         **sampling: Any,
     ):
         self.model = model.unscanned()
@@ -67,6 +69,8 @@ class Chat:
         self.functions = dict(functions or {})
         self.sampling = {"max_new_tokens": 512, "seed": 0, **sampling}
         check_sampling(**self.sampling)
+        check_cache(cache)
+        self.cache = cache
         for name in self.functions.keys() - {tool.name for tool in self.tools}:
             raise ValueError(f"functions has {name!r}, which no tool declares: describe it in tools.")
         self.messages: list[Message] = []
@@ -161,7 +165,7 @@ class Chat:
             )
         limit = min(self.sampling["max_new_tokens"], room)
         seed = (self.sampling["seed"] + self._replies) % (1 << 31)
-        sampling = {**self.sampling, "max_new_tokens": limit, "seed": seed}
+        sampling = {**self.sampling, "max_new_tokens": limit, "seed": seed, "cache": self.cache}
         self._replies += 1
         try:
             generate(self.model, [tokens], images=[tiles], stop_ids=tokenizer.stop_ids, on_tokens=take, **sampling)

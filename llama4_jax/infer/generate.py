@@ -50,6 +50,7 @@ def generate(
     seed: int = 0,
     stop_ids: Iterable[int] = (),
     on_tokens: Callable[[list[list[int]]], None] | None = None,
+    cache: str = "float",
 ) -> list[list[int]]:
     """The new tokens of each prompt, without the prompt. A row ends with the stop id that ended it, if one did.
 
@@ -61,6 +62,7 @@ def generate(
     - seed: with temperature above 0. Row i draws the same numbers whatever the other rows are
     - on_tokens: is called every 0.1 s or so with the tokens that each row gained since; with empty lists for rows
       that have stopped
+    - cache: of keys and values: "float", in the dtype of computation, or "int8", of half the size of bfloat16's
 
     Works on a mesh: under `jax.set_mesh`, or with parameters placed on one. A model with scanned layers is unstacked
     for each call, which copies it: `model.unscanned()` once is better for many.
@@ -70,6 +72,7 @@ def generate(
     fit the prompts.
     """
     how = make_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_cache(cache)
     stop_ids = sorted(set(stop_ids))
     longest = _check(model.config, prompts, max_new_tokens, stop_ids, seed)
     images = _check_images(model.config.vision, prompts, [None] * len(prompts) if images is None else images)
@@ -79,7 +82,7 @@ def generate(
     graphdef, state = nnx.split(model.unscanned())
     slots = min(_rounded(longest + max_new_tokens, 64), model.config.context_length)
     features = _encode_all(graphdef, state, images)
-    cache, token = _read_prompts(graphdef, state, prompts, features, slots, how, seed)
+    filled, token = _read_prompts(graphdef, state, prompts, features, slots, how, seed, cache)
     stops = np.array(stop_ids, np.int32)
 
     results: list[list[int]] = [[] for _ in prompts]
@@ -97,7 +100,7 @@ def generate(
     while drawn < max_new_tokens and not np.all(stopped):
         limit = min(limit, max_new_tokens - drawn)
         started = time.perf_counter()
-        cache, *small = _decode(graphdef, state, cache, token, stopped, drawn, limit, how, seed, stops)
+        filled, *small = _decode(graphdef, state, filled, token, stopped, drawn, limit, how, seed, stops)
         token, stopped, new = jax.device_get(small)
         collect(new[:, :limit])
         drawn += limit
@@ -105,6 +108,15 @@ def generate(
             per_token = (time.perf_counter() - started) / limit
             limit = int(np.clip(_SECONDS_BETWEEN_REPORTS / per_token, 1, TOKENS_PER_CALL))
     return results
+
+
+CACHES = {"float": None, "int8": "int8"}  # their dtypes; None: that of computation
+
+
+def check_cache(cache: str) -> None:
+    """Raises ValueError for a cache that `generate` does not have."""
+    if cache not in CACHES:
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
 
 
 def _check(
@@ -182,10 +194,11 @@ def _read_prompts(
     slots: int,
     how: Sampling,
     seed: int,
+    kind: str,
 ) -> tuple[Cache, Int[np.ndarray, " B"]]:
-    """The cache that holds all prompts, and the first new token of each row."""
+    """The cache of this kind that holds all prompts, and the first new token of each row."""
     rows = len(prompts)
-    cache = _empty_cache(graphdef, state, rows, slots)
+    cache = _empty_cache(graphdef, state, rows, slots, CACHES[kind])
     token = np.zeros((rows,), np.int32)
     numbers = _feature_numbers(graphdef, state, prompts) if features is not None else prompts
     longest = max(len(prompt) for prompt in prompts)
@@ -216,10 +229,10 @@ def _rounded(length: int, least: int) -> int:
     return max(least, 1 << (length - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "slots"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "slots", "dtype"))
 @use_rules(SERVING)
-def _empty_cache(graphdef, state, rows: int, slots: int) -> Cache:
-    return nnx.merge(graphdef, state).empty_cache(rows, slots)
+def _empty_cache(graphdef, state, rows: int, slots: int, dtype: str | None) -> Cache:
+    return nnx.merge(graphdef, state).empty_cache(rows, slots, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

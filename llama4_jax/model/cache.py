@@ -7,27 +7,35 @@ Rows of a batch have lengths of their own.
 On a mesh, rows and heads are apart, and the slots of a global layer are split over the axes of "cache": each device
 writes what belongs in its own slots and attends to them, and the devices' sums are put together. A chunk is small, so
 all of them hold it and do the same.
+
+A cache of int8 takes half the memory of one of bfloat16, but for a scale beside each key and each value of a head.
+Keys and values are rounded when they are new, so that a token attends to the same ones in prefill as in decoding.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.ops.attention import attention, partial_attention
+from llama4_jax.ops.cache_write import write_slots
 from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.partial_attention import combine, normalize
+from llama4_jax.ops.quantization import Quantized, Scheme, quantize
 from sharding import activation_spec, axes_of, constrain
 
 
 class LayerCache(NamedTuple):
     """Head-major: XLA on a CPU copies a cache whose two batch axes are apart."""
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Float[Array, "B K S H"] | Int8[Array, "B K S H"]
+    v: Float[Array, "B K S H"] | Int8[Array, "B K S H"]
+    k_scale: Float[Array, "B K S"] | None = None  # float32, of int8: value · scale
+    v_scale: Float[Array, "B K S"] | None = None
 
 
 class Cache(NamedTuple):
@@ -36,18 +44,26 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: ModelConfig, batch: int, max_length: int, dtype) -> Cache:
-    """A cache for `batch` rows of at most `max_length` tokens. Chunked layers hold min(chunk, max_length) slots."""
+    """A cache for `batch` rows of at most `max_length` tokens. Chunked layers hold min(chunk, max_length) slots.
+
+    - dtype: a float's, or int8
+    """
 
     def layer(chunk: int | None) -> LayerCache:
         slots = max_length if chunk is None else min(chunk, max_length)
         shape = (batch, config.num_kv_heads, slots, config.head_dim)
-        return LayerCache(*(constrain(jnp.zeros(shape, dtype), *cache_axes(chunk)) for _ in "kv"))
+        axes = cache_axes(chunk)
+        k, v = (constrain(jnp.zeros(shape, dtype), *axes) for _ in "kv")
+        if k.dtype != jnp.int8:
+            return LayerCache(k, v)
+        return LayerCache(k, v, *(constrain(jnp.zeros(shape[:3], jnp.float32), *axes[:3]) for _ in "kv"))
 
     return Cache(tuple(layer(spec.chunk) for spec in config.layers), jnp.zeros((batch,), jnp.int32))
 
 
 def cache_axes(chunk: int | None) -> tuple[str | None, ...]:
-    """Names of the axes of a layer's cache. A chunk is whole on every device of `cache`."""
+    """Names of the axes of a layer's cache; its scales have the first three. A chunk is whole on every device of
+    `cache`."""
     return "batch", "kv_heads", "cache" if chunk is None else None, "head_dim"
 
 
@@ -86,23 +102,27 @@ def cached_attention(
         first = lax.axis_index(axes) * cache.k.shape[2] if axes else 0
         cache, seen = extend(cache, k, v, step, chunk, first)
         at = {"q_positions": step.positions, "k_positions": seen.positions, "chunk": chunk, "scale": scale}
-        if axes:
-            out = normalize(combine(partial_attention(q, seen.k, seen.v, **at), axes), q.dtype)
-        else:
-            out = attention(q, seen.k, seen.v, **at)
-        return out, cache
+        if not axes and cache.k_scale is None:
+            return attention(q, seen.k, seen.v, **at), cache
+        part = partial_attention(q, seen.k, seen.v, **at)
+        return normalize(combine(part, axes) if axes else part, q.dtype), cache
 
     rows = Step(PartitionSpec(slots[0]), PartitionSpec(slots[0]), PartitionSpec(slots[0], None))
-    cached = LayerCache(slots, slots)
+    cached = jax.tree.map(lambda part: PartitionSpec(*slots[: part.ndim]), cache)
     return on_mesh(local, (new, new, new, cached, rows), (new, cached))(q, k, v, cache, step)
 
 
 class Visible(NamedTuple):
     """The keys that a cached step attends to. A negative position is an empty slot."""
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Float[Array, "B K S H"] | Quantized
+    v: Float[Array, "B K S H"] | Quantized
     positions: Int[Array, "B S"]
+
+
+def _visible(entries: LayerCache, positions: Int[Array, "B S"]) -> Visible:
+    k, v, k_scale, v_scale = entries
+    return Visible(*((k, v) if k_scale is None else (Quantized(k, k_scale), Quantized(v, v_scale))), positions)
 
 
 def extend(
@@ -119,20 +139,28 @@ def extend(
     this one is written. Lengths beyond the cache are not checked here (they are traced): `generate` checks before it
     starts.
     """
+    new = _entries(k, v, cache)
     if chunk is None:
-        cache = _scatter(cache, k, v, step.positions - first, step.valid)
-        return cache, Visible(cache.k, cache.v, _slot_positions(cache, step, chunk, first))
+        cache = _scatter(cache, new, step.positions - first, step.valid)
+        return cache, _visible(cache, _slot_positions(cache, step, chunk, first))
     if k.shape[2] == 1:
-        cache = _scatter(cache, k, v, step.positions % chunk, step.valid)
-        return cache, Visible(cache.k, cache.v, _slot_positions(cache, step, chunk))
+        cache = _scatter(cache, new, step.positions % chunk, step.valid)
+        return cache, _visible(cache, _slot_positions(cache, step, chunk))
     # Several tokens may leave the chunk that the cache holds, so they see the old slots and each other.
     before = step._replace(counts=jnp.zeros_like(step.counts))
-    seen = Visible(
-        jnp.concatenate([cache.k, k], axis=2),
-        jnp.concatenate([cache.v, v], axis=2),
+    seen = _visible(
+        jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=2), cache, new),
         jnp.concatenate([_slot_positions(cache, before, chunk), jnp.where(step.valid, step.positions, -1)], axis=1),
     )
-    return _keep_last_chunk(cache, k, v, step, chunk), seen
+    return _keep_last_chunk(cache, new, step, chunk), seen
+
+
+def _entries(k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], cache: LayerCache) -> LayerCache:
+    """New keys and values as this cache holds them."""
+    if cache.k_scale is None:
+        return LayerCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+    (k, k_scale), (v, v_scale) = (quantize(x, Scheme("int8"), start=3) for x in (k, v))
+    return LayerCache(k, v, k_scale[..., 0], v_scale[..., 0])
 
 
 def _slot_positions(cache: LayerCache, step: Step, chunk: int | None, first=0) -> Int[Array, "B S"]:
@@ -144,26 +172,21 @@ def _slot_positions(cache: LayerCache, step: Step, chunk: int | None, first=0) -
     return jnp.where(positions < end, positions, -1)
 
 
-def _scatter(cache: LayerCache, k, v, slots: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> LayerCache:
-    rows = jnp.arange(slots.shape[0])[:, None]
-    size = cache.k.shape[2]
-    slots = jnp.where(valid & (slots >= 0) & (slots < size), slots, size)  # out of range: dropped
-
-    def write(old, new):
-        return old.at[rows, :, slots].set(new.swapaxes(1, 2).astype(old.dtype), mode="drop")
-
-    return LayerCache(write(cache.k, k), write(cache.v, v))
+def _scatter(cache: LayerCache, new: LayerCache, slots: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> LayerCache:
+    slots = jnp.where(valid, slots, -1)  # in no slot
+    return jax.tree.map(lambda old, new: write_slots(old, new, slots), cache, new)
 
 
-def _keep_last_chunk(cache: LayerCache, k, v, step: Step, chunk: int) -> LayerCache:
+def _keep_last_chunk(cache: LayerCache, new: LayerCache, step: Step, chunk: int) -> LayerCache:
     """Each slot takes the new token that belongs in it once all are in, if there is one."""
     end = (step.lengths + step.counts)[:, None]
     positions = jnp.maximum(end - 1, 0) // chunk * chunk + jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
     index = positions - step.lengths[:, None]  # among the new tokens
     is_new = (index >= 0) & (index < step.counts[:, None])
-    index = jnp.clip(index, 0, k.shape[2] - 1)[:, None, :, None]
+    index = jnp.clip(index, 0, new.k.shape[2] - 1)
 
     def write(old, new):
-        return jnp.where(is_new[:, None, :, None], jnp.take_along_axis(new, index, axis=2).astype(old.dtype), old)
+        of_slot, at = (lax.expand_dims(x, (1, *range(3, old.ndim))) for x in (is_new, index))
+        return jnp.where(of_slot, jnp.take_along_axis(new, at, axis=2), old)
 
-    return LayerCache(write(cache.k, k), write(cache.v, v))
+    return jax.tree.map(write, cache, new)

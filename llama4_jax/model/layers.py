@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from llama4_jax.ops.dot_general import contract, make_dot_general
+from llama4_jax.ops.dot_general import linear
 from llama4_jax.ops.embedding import lookup
+from llama4_jax.ops.quantization import Quantized
+from llama4_jax.ops.quantized_matmul import quantized_linear
 from llama4_jax.ops.swiglu import swiglu
-from sharding import constrain, for_use
+from sharding import constrain
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype) -> nnx.Param:
@@ -33,7 +35,6 @@ class Linear(nnx.Module):
         *,
         std: float,
         dtype,
-        matmul: str = "default",
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -43,11 +44,16 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(zeros, axes=tuple(out_dims), eager_sharding=False) if bias else None
         self.axes = (*in_dims, *out_dims)
         self.num_contract = len(in_dims)
-        self.matmul = matmul
+        self.matmul = "default"  # see `matmuls.choose_matmuls`
+        self.kernel_scale = None  # of a quantized kernel: see `quantized`
+        self.activations = "auto"  # that it multiplies
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        kernel = for_use(self.kernel[...], x.dtype, *self.axes)
-        y = contract(x, kernel, num_contract=self.num_contract, dot_general=make_dot_general(self.matmul))
+        if self.kernel_scale is None:
+            y = linear(x, self.kernel[...], self.axes, self.num_contract, self.matmul)
+        else:
+            kernel, how = Quantized(self.kernel[...], self.kernel_scale[...]), self.activations
+            y = quantized_linear(x, kernel, self.axes, num_contract=self.num_contract, activations=how)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -114,8 +120,8 @@ class Embedding(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) · up(x)). gate and up are one product: kernel [D, 2, F], index 0 the gate."""
 
-    def __init__(self, dim: int, width: int, *, std: float, dtype, matmul: str, rngs: nnx.Rngs):
-        make = {"std": std, "dtype": dtype, "matmul": matmul, "rngs": rngs}
+    def __init__(self, dim: int, width: int, *, std: float, dtype, rngs: nnx.Rngs):
+        make = {"std": std, "dtype": dtype, "rngs": rngs}
         self.gate_up = Linear({"embed": dim}, {"gate_up": 2, "mlp": width}, **make)
         self.down = Linear({"mlp": width}, {"embed": dim}, **make)
 

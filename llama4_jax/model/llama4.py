@@ -28,6 +28,7 @@ from llama4_jax.model.cache import Cache, empty_cache
 from llama4_jax.model.config import ModelConfig, Precision
 from llama4_jax.model.decoder import Decoder
 from llama4_jax.model.layers import Embedding, Linear, RMSNorm
+from llama4_jax.model.matmuls import choose_matmuls
 from llama4_jax.model.moe import RouterStats
 from llama4_jax.model.rope import frequencies, rotation
 from llama4_jax.model.vision import VisionEncoder, normalized
@@ -72,7 +73,8 @@ class Llama4(nnx.Module):
             self.vision = VisionEncoder(config.vision, precision, **how, key=vision_key)
             features, embed = {"mlp": config.vision.output_dim}, {"embed": config.embed_dim}
             rngs = nnx.Rngs(params=projector_key)
-            self.projector = Linear(features, embed, **make, matmul=precision.matmul, rngs=rngs)
+            self.projector = Linear(features, embed, **make, rngs=rngs)
+        choose_matmuls(self, precision)
         self.config = config
         self.precision = precision
 
@@ -170,8 +172,9 @@ class Llama4(nnx.Module):
         x, cache = self.decoder.step(self._embed(tokens, features), place, cache, counts)
         return self.final_norm(x), cache
 
-    def empty_cache(self, batch: int, max_length: int) -> Cache:
-        return empty_cache(self.config, batch, max_length, self.precision.compute)
+    def empty_cache(self, batch: int, max_length: int, dtype: str | None = None) -> Cache:
+        """For `step`: of `batch` rows of at most `max_length` tokens. `dtype`: "int8", or None: that of computation."""
+        return empty_cache(self.config, batch, max_length, dtype or self.precision.compute)
 
     def unscanned(self) -> "Llama4":
         """The same model with its layers one by one: what decoding wants."""

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from llama4_jax.model.config import ModelConfig, Precision
 from llama4_jax.model.layers import Linear, SwiGLU, normal_param
 from llama4_jax.ops.experts import DOWN_AXES, GATE_UP_AXES, ExpertWeights, experts
+from llama4_jax.ops.quantization import Quantized
+from llama4_jax.ops.quantized_experts import quantized_experts
 from sharding import constrain
 
 
@@ -39,11 +41,14 @@ class MoE(nnx.Module):
         own = {"std": config.init_std, "dtype": precision.params}
         self.gate_up = normal_param(rngs, (num_experts, 2, dim, width), GATE_UP_AXES, **own)
         self.down = normal_param(rngs, (num_experts, width, dim), DOWN_AXES, **own)
-        self.shared = SwiGLU(dim, width, matmul=precision.matmul, **make)
+        self.shared = SwiGLU(dim, width, **make)
         if config.router_bias:
             self.bias = BalanceBias(jnp.zeros((num_experts,), jnp.float32), axes=("router",), eager_sharding=False)
         self.biased = config.router_bias
+        self.matmul = "default"  # of the routed experts; see `matmuls.choose_matmuls`
         self.top_k = config.top_k
+        self.gate_up_scale = self.down_scale = None  # of quantized experts: see `quantized`
+        self.activations = "auto"  # that these multiply
 
     def __call__(
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None
@@ -55,8 +60,20 @@ class MoE(nnx.Module):
             logits = self.router(x.astype(jnp.float32))
         expert, gate = self.choose(logits)
         expert = jnp.where(kept[..., None], expert, logits.shape[-1])  # padding belongs to no expert
-        routed = experts(x, expert, gate, ExpertWeights(self.gate_up[...], self.down[...]))
+        routed = self.routed(x, expert, gate)
         return self.shared(x) + routed, router_stats(logits, expert, gate, kept)
+
+    def routed(
+        self, x: Float[Array, "B T D"], expert: Int[Array, "B T top_k"], gate: Float[Array, "B T top_k"]
+    ) -> Float[Array, "B T D"]:
+        if self.gate_up_scale is None:
+            weights = ExpertWeights(self.gate_up[...], self.down[...])
+            return experts(x, expert, gate, weights, matmul=self.matmul)
+        gate_up, down = (
+            Quantized(self.gate_up[...], self.gate_up_scale[...]),
+            Quantized(self.down[...], self.down_scale[...]),
+        )
+        return quantized_experts(x, expert, gate, gate_up, down, activations=self.activations)
 
     def choose(self, logits: Float[Array, "B T E"]) -> tuple[Int[Array, "B T top_k"], Float[Array, "B T top_k"]]:
         """The top_k experts of each token and their gates, sigmoid(logit). Gates are not normalised: with one

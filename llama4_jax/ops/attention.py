@@ -19,16 +19,18 @@ from llama4_jax.ops.cudnn_attention import obstacle as cudnn_obstacle
 from llama4_jax.ops.flash_attention import flash_attention, flash_partial
 from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.partial_attention import PartialAttention, normalize
+from llama4_jax.ops.quantization import Quantized
 from llama4_jax.ops.splash_attention import obstacle as splash_obstacle
 from llama4_jax.ops.splash_attention import splash_attention
+from sharding import platform
 
 DECODE_QUERIES = 8  # at most: their scores are small beside the keys
 
 
 def decode_partial(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Quantized,
+    v: Float[Array, "B K S H"] | Quantized,
     *,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
@@ -37,7 +39,12 @@ def decode_partial(
     chunk: int | None,
     scale: float,
 ) -> PartialAttention:
-    """Reads each key and value once, as they are: not repeated for the heads of a group, not cast, not copied."""
+    """Reads each key and value once, as they are: not repeated for the heads of a group, not cast, not copied.
+
+    - k, v: of a quantized cache int8 values, and scales [B, K, S], which multiply scores and probabilities
+    """
+    (k, k_scale), (v, v_scale) = ((*x,) if isinstance(x, Quantized) else (x, None) for x in (k, v))
+    k, v = (x.astype(q.dtype) if x.dtype == jnp.int8 else x for x in (k, v))
     num_queries = q.shape[2]
     if q.shape[1] == k.shape[1] and num_queries == 1:
         # XLA on a CPU casts all keys to float32 before a bfloat16 product with a single row, but not with two.
@@ -46,15 +53,13 @@ def decode_partial(
     seen = visible(q_positions, k_positions, q_segments, k_segments, chunk)[:, None, None]
     rows = rearrange(q, "b (k g) t h -> b k (g t) h", k=k.shape[1])
     scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32) * scale
+    scores = scores if k_scale is None else scores * k_scale[:, :, None]
     scores = jnp.where(seen, rearrange(scores, "b k (g t) s -> b k g t s", t=q.shape[2]), HIDDEN)
     peak = jax.lax.stop_gradient(scores.max(-1))
     p = jnp.exp(scores - peak[..., None]) * seen
-    out = jnp.einsum(
-        "bkms,bksh->bkmh",
-        rearrange(p, "b k g t s -> b k (g t) s").astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
-    )
+    shares = rearrange(p, "b k g t s -> b k (g t) s")
+    shares = (shares if v_scale is None else shares * v_scale[:, :, None]).astype(v.dtype)
+    out = jnp.einsum("bkms,bksh->bkmh", shares, v, preferred_element_type=jnp.float32)
     peak, total = (rearrange(x, "b k g t -> b (k g) t")[:, :, :num_queries] for x in (peak, p.sum(-1)))
     return PartialAttention(peak, total, rearrange(out, "b k (g t) h -> b (k g) t h", t=q.shape[2])[:, :, :num_queries])
 
@@ -66,16 +71,19 @@ def decode_attention(q, k, v, **keywords) -> Float[Array, "B N T H"]:
 
 def partial_attention(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Quantized,
+    v: Float[Array, "B K S H"] | Quantized,
     *,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     chunk: int | None,
     scale: float,
 ) -> PartialAttention:
-    """What these keys contribute to `attention`, where other devices hold the rest of a cache."""
-    part = decode_partial if q.shape[2] <= DECODE_QUERIES else flash_partial
+    """What these keys contribute to `attention`, where other devices hold the rest of a cache; and all of it for a
+    quantized cache, which has int8 values and scales [B, K, S]."""
+    # XLA on a CPU would make floats of a whole quantized cache before a product with it; in blocks, of one at a time.
+    at_once = q.shape[2] <= DECODE_QUERIES and not (isinstance(k, Quantized) and platform() == "cpu")
+    part = decode_partial if at_once else flash_partial
     return part(q, k, v, q_positions=q_positions, k_positions=k_positions, chunk=chunk, scale=scale)
 
 

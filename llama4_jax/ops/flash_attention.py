@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.attention_reference import first_visible
 from llama4_jax.ops.partial_attention import PartialAttention
+from llama4_jax.ops.quantization import Quantized
 
 BLOCK = 256  # tokens; the scores of one block and all its heads should stay in the caches of a CPU
 SMALLEST_BLOCK = 64  # below, the loop costs more than the hidden part of a block
@@ -178,17 +179,25 @@ def begin(q: Float[Array, "*I B K M H"]) -> Running:
     return Running(jnp.full(rows, -1e30), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
 
 
+def _block(x: Float[Array, "B K S H"] | Quantized, start, size: int, dtype) -> Float[Array, "B K s H"]:
+    """Keys or values of a block; those of a quantized cache in this dtype, no more of them than the block's."""
+    if not isinstance(x, Quantized):
+        return lax.dynamic_slice_in_dim(x, start, size, axis=2)
+    values, scale = (lax.dynamic_slice_in_dim(part, start, size, axis=2) for part in x)
+    return (values * scale[..., None]).astype(dtype)
+
+
 def attend(running: Running, q, k, v, queries: Queries, keys: Keys, plan: BlockPlan, scale, block_k: int) -> Running:
     """One block of queries over all of its blocks of these keys."""
 
     def step(running, start, seen):
-        k_block, v_block = (lax.dynamic_slice_in_dim(x, start, block_k, axis=2) for x in (k, v))
+        k_block, v_block = (_block(x, start, block_k, q.dtype) for x in (k, v))
         scores = _scores(q, k_block, seen)
         peak = jnp.maximum(running.peak, scores.max(-1))
         p = jnp.exp((scores - peak[..., None]) * scale)
         shrink = jnp.exp((running.peak - peak) * scale)
         total = running.total * shrink + p.sum(-1)
-        out = running.out * shrink[..., None] + _dot("bkms,bksh->bkmh", p.astype(v.dtype), v_block)
+        out = running.out * shrink[..., None] + _dot("bkms,bksh->bkmh", p.astype(v_block.dtype), v_block)
         return Running(peak, total, out)
 
     return _loop(plan, keys, queries, block_k, step, running)
@@ -279,8 +288,8 @@ class Padded(NamedTuple):
     nothing sees it."""
 
     q: Float[Array, "B N T H"]
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Float[Array, "B K S H"] | Quantized
+    v: Float[Array, "B K S H"] | Quantized
     queries: Queries
     keys: Keys
 
@@ -290,7 +299,7 @@ def padded(
 ) -> Padded:
     if q_segments is None:
         q_segments, k_segments = jnp.zeros_like(q_positions), jnp.zeros_like(k_positions)
-    q, (k, v) = _pad(q, 2, block_q), (_pad(x, 2, block_k) for x in (k, v))
+    q, (k, v) = _pad(q, 2, block_q), jax.tree.map(lambda x: _pad(x, 2, block_k), (k, v))
     q_positions, k_positions = _pad(q_positions, 1, block_q, -1), _pad(k_positions, 1, block_k, -1)
     queries = Queries(first_visible(q_positions, chunk), q_positions, _pad(q_segments, 1, block_q))
     return Padded(q, k, v, queries, Keys(k_positions, _pad(k_segments, 1, block_k)))
@@ -329,17 +338,20 @@ def flash_attention(
 
 def flash_partial(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Quantized,
+    v: Float[Array, "B K S H"] | Quantized,
     *,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     chunk: int | None,
     scale: float,
 ) -> PartialAttention:
-    """Of queries to some of their keys, in no segments. For inference: its gradients would hold all scores."""
-    num_queries = q.shape[2]
-    block_q, block_k = block_size(num_queries, chunk), block_size(k.shape[2], chunk)
+    """Of queries to some of their keys, in no segments. For inference: its gradients would hold all scores.
+
+    - k, v: of a quantized cache int8 values, and scales [B, K, S]
+    """
+    num_queries, (kv_heads, num_keys) = q.shape[2], (k.values if isinstance(k, Quantized) else k).shape[1:3]
+    block_q, block_k = block_size(num_queries, chunk), block_size(num_keys, chunk)
     x = padded(q, k, v, q_positions, k_positions, None, None, chunk, block_q, block_k)
     plan = plan_blocks(x.queries, x.keys, block_q, block_k)
 
@@ -347,6 +359,6 @@ def flash_partial(
         q, queries, plan = block
         return None, attend(begin(q), q, x.k, x.v, queries, x.keys, plan, scale, block_k)
 
-    blocks = query_blocks(x.q, k.shape[1], block_q), split_queries(x.queries, block_q), plan
+    blocks = query_blocks(x.q, kv_heads, block_q), split_queries(x.queries, block_q), plan
     peak, total, out = (from_query_blocks(y, block_q)[:, :, :num_queries] for y in lax.scan(one_block, None, blocks)[1])
     return PartialAttention(peak * scale, total, out)

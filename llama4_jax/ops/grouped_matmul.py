@@ -130,8 +130,8 @@ def _blocks(x, w, group_sizes, dtype, scales: Scales | None = None) -> Float[Arr
 
     def multiply(out: Shaped[Array, "R *P O"], block: _Block) -> Shaped[Array, "R *P O"]:
         rows = _slice(x, block.first_row, block.height)
-        matrix = _operand(_slice(w, block.group, 1)[0], x)
-        y = _each_matrix(lambda m: _float32_sum(rows, m, (1, 0)), matrix, at=1)
+        products = [_float32_sum(rows, _operand(m, x), (1, 0)) for m in _matrices(w, block.group)]
+        y = jnp.stack(products, axis=1) if w.ndim == 4 else products[0]
         if scales is not None:
             y = _scaled_rows(y, scales[0], block)
             if scales[1] is not None:  # [*P 1 O] beside [height *P O]

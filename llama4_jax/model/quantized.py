@@ -1,0 +1,74 @@
+"""A model whose matrices are quantized, for inference: values in `kernel`, scales in `kernel_scale`; of routed experts
+`gate_up` and `gate_up_scale`, `down` and `down_scale`. All else of the model is as it was.
+
+Quantized are the matrices of the decoder: attention's projections and the feed-forwards', experts and shared experts
+included. What decides which expert and which token, router and output head, is kept, as are the embedding, norms,
+biases, the vision encoder and the projector.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from llama4_jax.model.layers import Linear
+from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.moe import MoE
+from llama4_jax.ops.quantization import Scheme, quantize, scale_axes
+
+
+class Matrix(NamedTuple):
+    """A parameter that can be quantized."""
+
+    name: str  # layers.3.attention.q.kernel
+    module: nnx.Module
+    attribute: str
+    start: int  # the first of its dimensions that are inputs
+    num_contract: int
+
+
+def quantized(model: Llama4, scheme: Scheme | Callable[[str], Scheme | None], *, activations: str = "auto") -> Llama4:
+    """The model with quantized matrices, its layers one by one. The model that is given stays as it is.
+
+    - scheme: for all matrices of the decoder; or of each the scheme, given its name, or None to keep it
+    - activations: what they are multiplied with: "auto", "float" or "int8" (see `ops.quantized_matmul`)
+
+    Of shapes alone: nnx.eval_shape(lambda: quantized(Llama4(config, precision=precision), Scheme("int4", 128))).
+
+    Raises ValueError for a group that does not divide a matrix, naming it, and for a model that is quantized already.
+    """
+    model = model.unscanned()
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: x, state))
+    for matrix in list(matrices(model)):
+        own = scheme(matrix.name) if callable(scheme) else scheme if is_of_decoder(matrix.name) else None
+        if own is None:
+            continue
+        if getattr(matrix.module, f"{matrix.attribute}_scale") is not None:
+            raise ValueError(f"{matrix.name} is quantized already.")
+        parameter = getattr(matrix.module, matrix.attribute)
+        inputs = {"start": matrix.start, "num_contract": matrix.num_contract}
+        q = quantize(parameter[...], own, **inputs, what=matrix.name)
+        of_scale = scale_axes(parameter.axes, q.scale.shape[matrix.start], **inputs)
+        setattr(matrix.module, matrix.attribute, nnx.Param(q.values, axes=parameter.axes, eager_sharding=False))
+        scale = nnx.Param(q.scale, axes=of_scale, eager_sharding=False)
+        setattr(matrix.module, f"{matrix.attribute}_scale", nnx.data(scale))  # where None was
+        matrix.module.activations = activations
+    return model
+
+
+def is_of_decoder(name: str) -> bool:
+    """Whether a matrix of this name is one that `quantized` and `llama4 quantize` quantize."""
+    return name.startswith("layers.") and ".router." not in name
+
+
+def matrices(model: Llama4) -> Iterator[Matrix]:
+    """Of a model whose layers are one by one."""
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path)).replace("decoder.rest.", "layers.").replace("vision.rest.", "vision.layers.")
+        if isinstance(module, Linear):
+            yield Matrix(f"{name}.kernel", module, "kernel", 0, module.num_contract)
+        elif isinstance(module, MoE):
+            yield Matrix(f"{name}.gate_up", module, "gate_up", 2, 1)
+            yield Matrix(f"{name}.down", module, "down", 1, 1)
