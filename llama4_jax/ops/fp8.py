@@ -42,7 +42,6 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 BLOCK = 128
 
 
-
 class Scaled(NamedTuple):
     """values · scale, with float32 scales that broadcast."""
 
