@@ -163,7 +163,7 @@ def test_greedy_tokens_are_those_of_a_pass_over_the_whole_row(model):
     rows = np.zeros((2, 12), np.int32)
     for row, prompt, reply in zip(rows, prompts, replies, strict=True):
         row[: len(prompt) + 5] = prompt + reply
-    best = np.argmax(jax.jit(lambda model: model(rows))(few_bits), axis=-1)
+    best = np.argmax(jax.jit(lambda model, rows: model(rows))(few_bits, rows), axis=-1)
     for row, prompt, reply in zip(best, prompts, replies, strict=True):
         assert row[len(prompt) - 1 : len(prompt) + 4].tolist() == reply
 
