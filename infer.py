@@ -5,9 +5,11 @@
     python infer.py chat     RUN --image digit.png
     python infer.py batch    RUN --in requests.jsonl --out replies.jsonl
     python infer.py score    runs/tiny --file some.txt
+    python infer.py generate runs/scout-int4 --cache int8 --prompt "def "  # what `llama4 quantize` made
 
-The model is a run of train.py, or a directory of Hugging Face's or Meta's with a tokenizer in it. Results go to stdout,
-all else to stderr. When the arguments or files do not serve, one line says why, and the exit code is 2.
+The model is a run of train.py, what `llama4 convert` or `llama4 quantize` made, or a directory of Hugging Face's or
+Meta's with a tokenizer in it. Results go to stdout, all else to stderr. When the arguments or files do not serve, one
+line says why, and the exit code is 2.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ def config() -> RunConfig:
         precision=Precision(params="float32", compute="bfloat16"),
         mesh=MeshConfig(data=-1, fsdp=8, expert=16),
         steps=250_000,
-        remat="offload",
+        remat="full",
         eval_every=1000,
         checkpoint_every=1000,
         keep_checkpoints=3,

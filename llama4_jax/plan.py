@@ -38,8 +38,8 @@ from llama4_jax.model.cache import cache_axes
 from llama4_jax.model.config import Precision
 from llama4_jax.model.presets import PRESETS, preset
 from llama4_jax.model.quantized import quantized
-from llama4_jax.ops import grouped_matmul
 from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
+from llama4_jax.ops.row_blocks import heights_for
 from llama4_jax.ops.splash_attention import BLOCK_K
 from llama4_jax.plan_options import PlanOptions
 from llama4_jax.train.next_token import next_token
@@ -175,7 +175,7 @@ def _expert_turns(work: Work, mesh: jax.sharding.Mesh) -> float | None:
     seen = work.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
     here = model.num_experts // mesh.shape["expert"]
     chosen = here * (1 - (1 - model.top_k / model.num_experts) ** seen)
-    return chosen / len(grouped_matmul._heights(max(2, seen * model.top_k), here))
+    return chosen / len(heights_for(max(2, seen * model.top_k), here))
 
 
 def _turns(op_name: str, *, expert_turns: float | None) -> float | None:

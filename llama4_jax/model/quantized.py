@@ -16,6 +16,7 @@ from llama4_jax.model.layers import Linear
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.moe import MoE
 from llama4_jax.ops.quantization import Scheme, quantize, scale_axes
+from llama4_jax.ops.quantized_matmul import check_activations
 
 
 class Matrix(NamedTuple):
@@ -36,7 +37,8 @@ def quantized(model: Llama4, scheme: Scheme | Callable[[str], Scheme | None], *,
 
     Of shapes alone: nnx.eval_shape(lambda: quantized(Llama4(config, precision=precision), Scheme("int4", 128))).
 
-    Raises ValueError for a group that does not divide a matrix, naming it, and for a model that is quantized already.
+    Raises ValueError for a group that does not divide a matrix, naming it, for a model that is quantized already, and
+    for activations that are unknown or that a matrix cannot be multiplied with.
     """
     model = model.unscanned()
     graphdef, state = nnx.split(model)
@@ -47,6 +49,7 @@ def quantized(model: Llama4, scheme: Scheme | Callable[[str], Scheme | None], *,
             continue
         if getattr(matrix.module, f"{matrix.attribute}_scale") is not None:
             raise ValueError(f"{matrix.name} is quantized already.")
+        check_activations(activations, own.number.dtype, matrix.name)
         parameter = getattr(matrix.module, matrix.attribute)
         inputs = {"start": matrix.start, "num_contract": matrix.num_contract}
         q = quantize(parameter[...], own, **inputs, what=matrix.name)
@@ -55,6 +58,10 @@ def quantized(model: Llama4, scheme: Scheme | Callable[[str], Scheme | None], *,
         scale = nnx.Param(q.scale, axes=of_scale, eager_sharding=False)
         setattr(matrix.module, f"{matrix.attribute}_scale", nnx.data(scale))  # where None was
         matrix.module.activations = activations
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, MoE) and (module.gate_up_scale is None) != (module.down_scale is None):
+            name = _name(path)
+            raise ValueError(f"of {name}.gate_up and {name}.down one is quantized: quantize both, or neither.")
     return model
 
 
@@ -66,9 +73,14 @@ def is_of_decoder(name: str) -> bool:
 def matrices(model: Llama4) -> Iterator[Matrix]:
     """Of a model whose layers are one by one."""
     for path, module in nnx.iter_modules(model):
-        name = ".".join(map(str, path)).replace("decoder.rest.", "layers.").replace("vision.rest.", "vision.layers.")
+        name = _name(path)
         if isinstance(module, Linear):
             yield Matrix(f"{name}.kernel", module, "kernel", 0, module.num_contract)
         elif isinstance(module, MoE):
             yield Matrix(f"{name}.gate_up", module, "gate_up", 2, 1)
             yield Matrix(f"{name}.down", module, "down", 1, 1)
+
+
+def _name(path: tuple) -> str:
+    """Of a module, as `weights.table` has it."""
+    return ".".join(map(str, path)).replace("decoder.rest.", "layers.").replace("vision.rest.", "vision.layers.")

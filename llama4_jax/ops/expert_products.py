@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.fp8 import BLOCK, Fp8DotGeneral, Scaled, in_tiles, largest, rounded, scale_for
-from llama4_jax.ops.grouped_matmul import PRODUCTS, largest_of_groups
+from llama4_jax.ops.grouped_matmul import PRODUCTS
+from llama4_jax.ops.row_blocks import largest_of_groups
 from sharding import gathered, given_back
 
 

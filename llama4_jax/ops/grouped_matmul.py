@@ -5,15 +5,9 @@ token is dropped and none is multiplied by an expert it did not choose. Only the
 are known at run time, and XLA compiles fixed shapes. (`lax.ragged_dot` has the same semantics, but outside TPUs it
 computes every row with every expert.)
 
-"blocks", the portable implementation, compiles the product for a short list of heights. A group takes the smallest
-height that holds it, and of the rows computed only the group's own are kept. There is one loop per height, over the
-groups that take it: thus every group in use costs one product and one look at its weights, and the others nothing,
-from one row (decoding) to many thousands (training).
-
-Written for how XLA compiles such loops, on a CPU above all, where a step is bound by the copies it makes:
-- A `lax.switch` over the heights would copy the whole result at every turn. A loop updates it in place.
-- XLA:CPU moves 16-bit floats by way of float32. Unasked, it converts all experts before the loop, and rewrites the
-  whole result at every turn: see `_slice` and `_as_bits`.
+"blocks", the portable implementation, compiles the product for a short list of heights (`row_blocks`). There is one
+loop per height, over the groups that take it: thus every group in use costs one product and one look at its weights,
+and the others nothing, from one row (decoding) to many thousands (training).
 """
 
 from collections.abc import Callable
@@ -23,9 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from llama4_jax.ops import grouped_kernels
+from llama4_jax.ops.row_blocks import Block, as_bits, fold_groups, from_bits, part_of, write_rows
 from sharding import platform
 
 
@@ -128,31 +123,31 @@ def _blocks(x, w, group_sizes, dtype, scales: Scales | None = None) -> Float[Arr
         two = None if scales is None else (jnp.pad(scales[0], ((0, 1), (0, 0))), scales[1])
         return _blocks(jnp.pad(x, ((0, 1), (0, 0))), w, group_sizes, dtype, two)[:1]
 
-    def multiply(out: Shaped[Array, "R *P O"], block: _Block) -> Shaped[Array, "R *P O"]:
-        rows = _slice(x, block.first_row, block.height)
+    def multiply(out: Shaped[Array, "R *P O"], block: Block) -> Shaped[Array, "R *P O"]:
+        rows = part_of(x, block.first_row, block.height)
         products = [_float32_sum(rows, _operand(m, x), (1, 0)) for m in _matrices(w, block.group)]
         y = jnp.stack(products, axis=1) if w.ndim == 4 else products[0]
         if scales is not None:
             y = _scaled_rows(y, scales[0], block)
             if scales[1] is not None:  # [*P 1 O] beside [height *P O]
-                y = y * jnp.moveaxis(_slice(scales[1], block.group, 1)[0], -2, 0)
-        return _write_rows(out, block, y.astype(dtype))
+                y = y * jnp.moveaxis(part_of(scales[1], block.group, 1)[0], -2, 0)
+        return write_rows(out, block, y.astype(dtype))
 
     zeros = jnp.zeros((x.shape[0], *w.shape[1:-2], w.shape[-1]), dtype)
-    return _from_bits(_fold_groups(multiply, _as_bits(zeros), group_sizes, x.shape[0]), dtype)
+    return from_bits(fold_groups(multiply, as_bits(zeros), group_sizes, x.shape[0]), dtype)
 
 
 def _blocks_backward(x, w, g_x, g_w, group_sizes, dtypes, scales: Scales | None = None):
-    def own(g: Float[Array, "R *P O"], block: _Block) -> Float[Array, "*P height O"]:
-        rows = jnp.where(block.of(g), _slice(g, block.first_row, block.height), 0)
+    def own(g: Float[Array, "R *P O"], block: Block) -> Float[Array, "*P height O"]:
+        rows = jnp.where(block.of(g), part_of(g, block.first_row, block.height), 0)
         return jnp.moveaxis(rows, 1, 0) if rows.ndim == 3 else rows
 
-    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E *P I O"]], block: _Block):
+    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E *P I O"]], block: Block):
         x_grad, w_grad = grads
         for_x = own(g_x, block)
         for_w = for_x if g_w is g_x else own(g_w, block)
-        x_rows = jnp.where(block.of(x), _slice(x, block.first_row, block.height), 0)
-        matrix = _operand(_slice(w, block.group, 1)[0], x)
+        x_rows = jnp.where(block.of(x), part_of(x, block.first_row, block.height), 0)
+        matrix = _operand(part_of(w, block.group, 1)[0], x)
         pairs = zip(for_x, matrix, strict=True) if for_x.ndim == 3 else [(for_x, matrix)]
         x_new = sum(_float32_sum(g, m, (1, 1)) for g, m in pairs)
         # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
@@ -160,14 +155,14 @@ def _blocks_backward(x, w, g_x, g_w, group_sizes, dtypes, scales: Scales | None 
         w_new = _each_matrix(lambda g: _float32_sum(x_columns, g, (1, 0)), for_w, at=0)
         if scales is not None:
             x_new = _scaled_rows(x_new, scales[0], block)
-            w_new = w_new * _slice(scales[1], block.group, 1)[0]
-        x_grad = _write_rows(x_grad, block, x_new.astype(dtypes[0]))
-        w_new = _as_bits(w_new.astype(dtypes[1]))
+            w_new = w_new * part_of(scales[1], block.group, 1)[0]
+        x_grad = write_rows(x_grad, block, x_new.astype(dtypes[0]))
+        w_new = as_bits(w_new.astype(dtypes[1]))
         return x_grad, lax.dynamic_update_index_in_dim(w_grad, w_new, block.group, 0, allow_negative_indices=False)
 
-    zeros = _as_bits(jnp.zeros(x.shape, dtypes[0])), _as_bits(jnp.zeros(w.shape, dtypes[1]))
-    x_grad, w_grad = _fold_groups(multiply, zeros, group_sizes, x.shape[0])
-    return _from_bits(x_grad, dtypes[0]), _from_bits(w_grad, dtypes[1])
+    zeros = as_bits(jnp.zeros(x.shape, dtypes[0])), as_bits(jnp.zeros(w.shape, dtypes[1]))
+    x_grad, w_grad = fold_groups(multiply, zeros, group_sizes, x.shape[0])
+    return from_bits(x_grad, dtypes[0]), from_bits(w_grad, dtypes[1])
 
 
 def _operand(matrix: Shaped[Array, "*P I O"], x: Shaped[Array, "R I"]) -> Shaped[Array, "*P I O"]:
@@ -175,23 +170,9 @@ def _operand(matrix: Shaped[Array, "*P I O"], x: Shaped[Array, "R I"]) -> Shaped
     return matrix if matrix.dtype.itemsize == 1 else matrix.astype(x.dtype)
 
 
-def _scaled_rows(
-    y: Float[Array, "height *N"], scale: Float[Array, "R 1"], block: "_Block"
-) -> Float[Array, "height *N"]:
-    rows = _slice(scale, block.first_row, block.height)
+def _scaled_rows(y: Float[Array, "height *N"], scale: Float[Array, "R 1"], block: "Block") -> Float[Array, "height *N"]:
+    rows = part_of(scale, block.first_row, block.height)
     return y * lax.expand_dims(rows[:, 0], range(1, y.ndim))
-
-
-def largest_of_groups(x: Float[Array, "R *N"], group_sizes: Int[Array, " E"]) -> Float[Array, "E *N"]:
-    """The largest magnitude in each column of each group's rows, in float32; 0 for a group without rows."""
-
-    def look(out, block: _Block):
-        rows = jnp.where(block.of(x), jnp.abs(_slice(x, block.first_row, block.height)), 0)
-        found = jnp.max(rows, axis=0).astype(jnp.float32)
-        return lax.dynamic_update_index_in_dim(out, found, block.group, 0, allow_negative_indices=False)
-
-    zeros = jnp.zeros((group_sizes.shape[0], *x.shape[1:]), jnp.float32)
-    return _fold_groups(look, zeros, group_sizes, x.shape[0])
 
 
 PRODUCTS: dict[str, Products] = {
@@ -200,63 +181,6 @@ PRODUCTS: dict[str, Products] = {
     "megablox": _by_kernels(grouped_kernels.megablox),
     "mosaic_gpu": _by_kernels(grouped_kernels.mosaic_gpu),
 }
-
-
-class _Block(NamedTuple):
-    """A group's rows, rounded up to a height that is compiled."""
-
-    group: Int[Array, ""]
-    first_row: Int[Array, ""]
-    height: int
-    is_inside: Bool[Array, " height"]  # which rows are the group's own
-
-    def of(self, rows: Shaped[Array, "R *N"]) -> Bool[Array, "height *_"]:
-        """`is_inside`, to be broadcast over such rows."""
-        return lax.expand_dims(self.is_inside, range(1, rows.ndim))
-
-
-def _heights(num_rows: int, num_groups: int) -> list[int]:
-    """The block heights worth compiling, ascending, the last of them num_rows.
-
-    From a quarter of the mean group on (what a smaller group costs is the reading of its weights, not its rows), each
-    is half as large again as the one before: rounding up then adds a fifth to the work on average. Finer steps would
-    add less, but every height is one more loop to compile, forward and backward, in every layer. For few rows, where
-    compiling outweighs computing, the steps are of 2.
-    """
-    height = max(32, num_rows // (4 * num_groups) // 8 * 8)
-    ratio = 2 if num_rows < 1024 else 1.5
-    heights = []
-    while height * ratio <= num_rows:
-        heights.append(height)
-        height = int(height * ratio) // 8 * 8
-    return [*heights, num_rows]
-
-
-def _fold_groups(step: Callable, out, group_sizes: Int[Array, " E"], num_rows: int):
-    """out = step(out, block) for the block of every group that has rows, in no particular order."""
-    heights = _heights(num_rows, group_sizes.shape[0])
-    # The index of each group's height. Groups without rows come last, and are never reached.
-    height_of = jnp.sum(group_sizes[:, None] > jnp.array(heights), axis=1)
-    height_of = jnp.where(group_sizes > 0, height_of, len(heights))
-    order = jnp.argsort(height_of)
-    last_of_height = jnp.sum(height_of[:, None] <= jnp.arange(len(heights)), axis=0, dtype=jnp.int32)
-    ends = jnp.cumsum(group_sizes)
-    plan = jnp.stack([order, (ends - group_sizes)[order], ends[order]]).astype(jnp.int32)
-
-    def fold_height(height, last, turn, out):
-        def body(carry):
-            turn, out = carry
-            group, start, end = _slice(plan, turn, 1, axis=1)[:, 0]
-            first_row = jnp.minimum(start, num_rows - height)
-            row = first_row + lax.iota(jnp.int32, height)
-            return turn + 1, step(out, _Block(group, first_row, height, (row >= start) & (row < end)))
-
-        return lax.while_loop(lambda carry: carry[0] < last, body, (turn, out))
-
-    turn = jnp.int32(0)
-    for height, last in zip(heights, last_of_height, strict=True):
-        turn, out = fold_height(height, last, turn, out)
-    return out
 
 
 def _float32_sum(a: Float[Array, "m n"], b: Float[Array, "p q"], contract: tuple[int, int]) -> Float[Array, "_ _"]:
@@ -270,36 +194,10 @@ def _matrices(w: Float[Array, "E *P I O"], group: Int[Array, ""]) -> list[Float[
     and reads the other a second time."""
     every = w.reshape(-1, *w.shape[-2:])
     count = every.shape[0] // w.shape[0]
-    return [_slice(every, group * count + p, 1)[0] for p in range(count)]
+    return [part_of(every, group * count + p, 1)[0] for p in range(count)]
 
 
 def _each_matrix(product: Callable, matrices: Shaped[Array, "*P m n"], at: int) -> Shaped[Array, "..."]:
     """The product with each, put side by side; with the only one, if there is no P. One product for all would copy
     them: no backend multiplies by a matrix whose columns are in two places."""
     return jnp.stack([product(m) for m in matrices], axis=at) if matrices.ndim == 3 else product(matrices)
-
-
-def _write_rows(out: Shaped[Array, "R *N"], block: _Block, y: Float[Array, "height *N"]) -> Shaped[Array, "R *N"]:
-    """Writes the group's own rows of the block into out."""
-    old = lax.dynamic_slice_in_dim(out, block.first_row, block.height, allow_negative_indices=False)
-    new = jnp.where(block.of(out), _as_bits(y), old)
-    return lax.dynamic_update_slice_in_dim(out, new, block.first_row, 0, allow_negative_indices=False)
-
-
-def _slice(array: Shaped[Array, "..."], start: Int[Array, ""], size: int, axis: int = 0) -> Shaped[Array, "..."]:
-    """`size` entries of the array from `start` on, read inside the loop that this is in.
-
-    XLA:CPU slices 16-bit floats as slice(float32(array)) and then moves float32(array), which does not change, out
-    of the loop: a float32 copy of all experts. The barrier ties the array to this turn's `start`.
-    """
-    array, start = lax.optimization_barrier((array, start))
-    return lax.dynamic_slice_in_dim(array, start, size, axis, allow_negative_indices=False)
-
-
-def _as_bits(x: Float[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """16-bit floats as integers, which XLA:CPU updates in place. Other dtypes as they are."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def _from_bits(x: Shaped[Array, "*shape"], dtype) -> Float[Array, "*shape"]:
-    return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x

@@ -18,7 +18,7 @@ For inference: no gradients are meant to go through these.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Shaped
 
 from llama4_jax.ops.dot_general import dot_general
-from llama4_jax.ops.grouped_matmul import _as_bits, _fold_groups, _from_bits, _slice, _write_rows
 from llama4_jax.ops.quantization import Quantized, dequantize, scale_axes
+from llama4_jax.ops.row_blocks import as_bits, fold_groups, from_bits, part_of, write_rows
 from sharding import for_use, platform
 
-Activations = Literal["auto", "float", "int8"]
 ACTIVATIONS = ("auto", "float", "int8")
 
 _BLOCK = 256  # inputs that a CPU multiplies with at a time: large enough for threads, small enough for caches
@@ -87,12 +86,12 @@ def quantized_grouped_matmul(
     pairs = q.values.shape[1:-2]
 
     def multiply(out: Shaped[Array, "R *P O"], block) -> Shaped[Array, "R *P O"]:
-        own = _Rows(*(None if part is None else _slice(part, block.first_row, block.height) for part in rows))
+        own = _Rows(*(None if part is None else part_of(part, block.first_row, block.height) for part in rows))
         products = [_product(own, q, (block.group, *pair)).astype(x.dtype) for pair in np.ndindex(*pairs)]
-        return _write_rows(out, block, jnp.stack(products, axis=1) if pairs else products[0])
+        return write_rows(out, block, jnp.stack(products, axis=1) if pairs else products[0])
 
     zeros = jnp.zeros((x.shape[0], *pairs, q.values.shape[-1]), x.dtype)
-    return _from_bits(_fold_groups(multiply, _as_bits(zeros), group_sizes, x.shape[0]), x.dtype)
+    return from_bits(fold_groups(multiply, as_bits(zeros), group_sizes, x.shape[0]), x.dtype)
 
 
 class _Rows(NamedTuple):
@@ -112,15 +111,19 @@ def _rows(x: Float[Array, "M I"], activations: str, axes: tuple[str, ...] = ()) 
     return _Rows(jnp.round(x / scale).astype(jnp.int8), scale)
 
 
-def _decide(activations: str, values: Shaped[Array, "..."], groups: int) -> str:
+def check_activations(activations: str, dtype, what: str = "a matrix") -> None:
+    """Raises ValueError for activations that are unknown, or that values of this dtype cannot be multiplied with."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}.")
-    if activations == "auto":
-        fast = platform() == "cpu" and values.dtype == jnp.int8 and groups == 1
-        return "int8" if fast else "float"
-    if activations == "int8" and values.dtype == jnp.float8_e4m3fn:
-        raise ValueError("activations of int8 cannot be multiplied with weights of fp8: choose 'float' or 'auto'.")
-    return activations
+    if activations == "int8" and dtype == jnp.float8_e4m3fn:
+        raise ValueError(f"activations of int8 cannot be multiplied with {what} of fp8: choose 'float' or 'auto'.")
+
+
+def _decide(activations: str, values: Shaped[Array, "..."], groups: int) -> str:
+    check_activations(activations, values.dtype)
+    if activations != "auto":
+        return activations
+    return "int8" if platform() == "cpu" and values.dtype == jnp.int8 and groups == 1 else "float"
 
 
 def _product(rows: _Rows, q: Quantized, at: tuple = ()) -> Float[Array, "M *O"]:

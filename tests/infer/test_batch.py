@@ -32,8 +32,10 @@ class Digests:
         self.batches = []
         self.script = dict(script)  # last words of the user → what is written
 
-    def __call__(self, model, prompts, *, images, stop_ids, max_new_tokens, temperature, top_p, top_k, seed):
-        assert stop_ids == TOKENIZER.stop_ids
+    def __call__(
+        self, model, prompts, *, images, stop_ids, max_new_tokens, temperature, top_p, top_k, seed, cache="float"
+    ):
+        assert stop_ids == TOKENIZER.stop_ids and cache == "float"
         self.batches.append((len(prompts), max_new_tokens, temperature, top_p, top_k, seed))
         rows = []
         for i, (prompt, tiles) in enumerate(zip(prompts, images, strict=True)):

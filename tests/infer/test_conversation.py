@@ -103,7 +103,7 @@ def test_every_reply_is_drawn_with_another_seed(talk):
     chat.reset()
     chat.say("x")
     how = [{name: value for name, value in asked.items() if name not in ("tokens", "tiles")} for asked in script.asked]
-    common = {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}
+    common = {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7, "cache": "float"}
     assert how == [{**common, "seed": (1 << 31) - 1}, {**common, "seed": 0}]
 
 

@@ -118,6 +118,11 @@ def test_a_model_that_cannot_be_quantized_says_which_matrix(model):
         quantized(quantized(model, INT8), INT8)
 
 
+def test_of_experts_both_matrices_are_quantized_or_neither(model):
+    with pytest.raises(ValueError, match=r"of layers.1.moe.gate_up and layers.1.moe.down one is quantized"):
+        nnx.eval_shape(lambda: quantized(model, lambda name: INT8 if name.endswith("moe.down") else None))
+
+
 def test_shapes_alone_say_what_a_quantized_model_takes():
     """For the planner: nothing is allocated."""
     precision = Precision(params="bfloat16", compute="bfloat16")

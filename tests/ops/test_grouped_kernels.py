@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from topologies import one_chip
 
-from llama4_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from llama4_jax.ops.grouped_matmul import PRODUCTS, grouped_matmul
 
 
 def operands(dtype=jnp.float32, rows=300, sizes=(120, 0, 33, 140)):
@@ -57,4 +57,4 @@ def test_a_kernel_of_another_machine_says_so():
     (x, w, _), sizes = operands(jnp.bfloat16)
     with pytest.raises(ValueError, match="mosaic_gpu is made for Hopper GPUs, and this is compiled for cpu"):
         grouped_matmul(x, w, sizes, implementation="mosaic_gpu")
-    assert "mosaic_gpu" in IMPLEMENTATIONS
+    assert "mosaic_gpu" in PRODUCTS

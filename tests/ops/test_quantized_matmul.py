@@ -63,6 +63,30 @@ def test_int8_activations_add_the_rounding_of_a_row(form, scheme):
         assert distance(y, (np.rint(np.asarray(x) / scale) * scale.astype(np.float64)) @ w) < CLOSE["float32"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        ("gaussian", 0.010, 0.013),
+        ("large tokens", 0.005, 0.013),  # each has its own scale
+        ("log-normal tokens", 0.010, 0.013),
+        ("large channels", 0.035, 0.09),  # which share a row's scale with the others: int8 is not for these
+    ],
+)
+def test_the_error_of_int8_times_int8_is_that_of_its_rows(kind, least, most):
+    x = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
+    if kind == "large tokens":
+        x[:2] *= 3e3
+    if kind == "log-normal tokens":
+        x *= np.exp(np.random.default_rng(1).normal(size=(64, 1)) * 3)
+    if kind == "large channels":
+        x[:, :8] *= 50
+    w = gaussian(1024, 64, seed=1)
+    y = jax.jit(lambda x, q: quantized_dot(x, q, activations="int8"))(x, quantize(w, Scheme("int8")))
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    rows = [distance(ours, theirs) for ours, theirs in zip(y, expected, strict=True)]
+    assert least < np.median(rows) < most
+
+
 def test_auto_rounds_activations_on_a_cpu_and_for_int8_alone(monkeypatch):
     x = gaussian(4, 64)
 
@@ -81,7 +105,7 @@ def test_auto_rounds_activations_on_a_cpu_and_for_int8_alone(monkeypatch):
 
 def test_activations_that_cannot_be_say_so():
     q, _ = matrix((64, 16), Scheme("fp8"))
-    with pytest.raises(ValueError, match="int8 cannot be multiplied with weights of fp8: choose 'float' or 'auto'"):
+    with pytest.raises(ValueError, match="int8 cannot be multiplied with a matrix of fp8: choose 'float' or 'auto'"):
         quantized_dot(gaussian(2, 64), q, activations="int8")
     with pytest.raises(ValueError, match="activations must be one of auto, float, int8, got 'int4'"):
         quantized_dot(gaussian(2, 64), q, activations="int4")

@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from make_checkpoints import META
+from make_quantized import quantized_hf, quantized_meta
 from micro_run import PICTURES
 from oracles import hf
 from oracles.cases import MAVERICK, tokens
@@ -93,6 +95,28 @@ def test_it_loads_with_nothing_dequantized_and_is_as_near_to_the_reference_as_it
     error = np.linalg.norm(logits - reference) / np.linalg.norm(reference)
     least, most = {"int8": (0.01, 0.017), "fp8": (0.05, 0.085), "int4": (0.13, 0.2)}[scheme.weights]
     assert least < error < most  # measured 0.013, 0.069 and 0.165
+
+
+@pytest.mark.parametrize("published", ["compressed-tensors", "meta fp8"])
+def test_published_weights_of_few_bits_load_as_they_are(published, tmp_path):
+    """Meta's fp8 of two ranks has two scales an output of `down`, and its last layer in full."""
+    source, case = tmp_path / "source", CASE if published == "compressed-tensors" else META
+    if case is CASE:
+        quantized_hf(source, kind=published, case=case)
+    else:
+        quantized_meta(source, 2, "fp8")
+    convert(source, tmp_path / "run", keep_quantized=True)
+    how = {"dtype": "float32", "activations": "float"}
+    kept = llama4_jax.from_pretrained(source, keep_quantized=True, **how)
+    converted = llama4_jax.from_pretrained(tmp_path / "run", **how)
+    for ours, theirs in zip(*(named_variables(m).items() for m in (kept, converted)), strict=True):
+        assert ours[0] == theirs[0] and ours[1].get_value().dtype == theirs[1].get_value().dtype
+        np.testing.assert_array_equal(*(np.asarray(v.get_value(), np.float32) for _, v in (ours, theirs)))
+    down, scale = (named_variables(kept)[f"layers.1.moe.down{end}"].get_value() for end in ("", "_scale"))
+    assert down.dtype == jax.numpy.float8_e4m3fn and scale.shape[1] == (1 if case is CASE else 2)
+    plain = llama4_jax.from_pretrained(source, dtype="float32")  # dequantized, to bfloat16
+    logits, expected = (jax.jit(lambda m, t: m(t))(m, tokens(case).astype(np.int32)) for m in (kept, plain))
+    assert np.linalg.norm(logits - expected) < 0.01 * np.linalg.norm(expected)
 
 
 def test_on_a_mesh_each_device_reads_its_part_of_values_and_scales(run_dir, tmp_path):
