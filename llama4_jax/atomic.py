@@ -1,8 +1,11 @@
-"""Small files that a run killed while writing must not leave half written."""
+"""Small files that a run killed while writing must not leave half written; and paths into buckets."""
 
 import os
+import pathlib
 
 from etils import epath
+
+AnyPath = pathlib.Path | epath.Path
 
 
 def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
@@ -15,6 +18,11 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def any_path(path: epath.PathLike) -> AnyPath:
+    """Of this machine, as pathlib has it, or in a bucket."""
+    return epath.Path(path) if in_bucket(path) else pathlib.Path(path)
 
 
 def in_bucket(path: epath.PathLike) -> bool:

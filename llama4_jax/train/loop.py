@@ -24,7 +24,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from llama4_jax.atomic import in_bucket, write_atomically
+from llama4_jax.atomic import write_atomically
 from llama4_jax.config import RunConfig, differences, from_json, to_json
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.loader import Loader, make_loader, merge_states
@@ -99,11 +99,6 @@ def train(config: RunConfig) -> epath.Path:
 def prepare(config: RunConfig) -> Parts:
     """Raises ValueError and OSError as `train` does. Waits for no other host."""
     config.check_mesh(jax.device_count())
-    if config.init_from is not None and in_bucket(config.init_from):
-        raise ValueError(
-            f"init_from ({config.init_from}) is in a bucket, and weights are mapped into memory: copy it to a disk of "
-            f"every host, or mount the bucket as a directory."
-        )
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -6,15 +6,16 @@ two copies of the model. On a mesh each device takes its own part, and a host re
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
+from llama4_jax.atomic import AnyPath, any_path
 from llama4_jax.model.config import ModelConfig, Precision, difference
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import PRESETS
@@ -36,7 +37,7 @@ from sharding import SERVING, parameter_sharding
 
 
 def from_pretrained(
-    path: str | Path,
+    path: epath.PathLike,
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
     *,
@@ -62,7 +63,7 @@ def from_pretrained(
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}.")
-    path = Path(path)
+    path = any_path(path)
     precision = Precision(params=dtype, compute=dtype)
     if source_format(path) == "run":
         return load_run(path, precision=precision, mesh=mesh, activations=activations)
@@ -78,7 +79,7 @@ def load(weights: Weights, *, precision: Precision, mesh: Mesh | None, activatio
     return _fill(_empty_model(weights, precision, mesh, activations))
 
 
-def initial_weights(path: str | Path, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def initial_weights(path: epath.PathLike, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What a run begins with: the arrays of its new model by name, with those that the directory has in their places.
 
     A model with a vision encoder may begin from one without: encoder and projector stay as they are. Raises ValueError
@@ -209,7 +210,7 @@ def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
     }
 
 
-def load_run(run: Path, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
+def load_run(run: AnyPath, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
     """The model of a run directory's newest readable checkpoint. Raises as `from_pretrained` does."""
     saved, steps = saved_model(run), run_steps(run)
     for step in reversed(steps):
@@ -226,7 +227,7 @@ def load_run(run: Path, *, precision: Precision, mesh: Mesh | None, activations:
     raise ValueError(f"none of the checkpoints {steps} in {run / 'checkpoints'} can be read: all are damaged.")
 
 
-def _say_damaged(run: Path, step: int, error: Exception) -> None:
+def _say_damaged(run: AnyPath, step: int, error: Exception) -> None:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     print(
         f"checkpoint {run / 'checkpoints' / str(step)} is damaged ({reason}); trying the one before.", file=sys.stderr

@@ -2,8 +2,13 @@
 
 Nothing is read before it is touched, and slicing touches the slice only. Each map ends with the array, so that a
 process which goes through a checkpoint keeps the pages of what it is at, not of all it has seen.
+
+What is in a bucket cannot be mapped. There a tensor is fetched when it is asked for, and the last one is kept, since it
+is mostly asked for part by part.
 """
 
+import functools
+import math
 import mmap
 import os
 from dataclasses import dataclass
@@ -12,12 +17,14 @@ from typing import Literal
 
 import numpy as np
 
+from llama4_jax.atomic import AnyPath, in_bucket
+
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    path: Path
+    path: AnyPath
     offset: int  # bytes
     dtype: np.dtype
     shape: Shape
@@ -27,11 +34,22 @@ class FileTensor:
         """The tensor as an array over the file: read-only, or such that assigning to it writes the file."""
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
+        if in_bucket(self.path):
+            return _fetched(self)
         if self.strides is None:
             return np.memmap(self.path, self.dtype, mode, self.offset, self.shape)
         extent = self.dtype.itemsize + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         flat = np.memmap(self.path, np.uint8, mode, self.offset, (extent,))
         return np.ndarray(self.shape, self.dtype, flat, 0, self.strides)
+
+
+@functools.lru_cache(maxsize=1)
+def _fetched(tensor: FileTensor) -> np.ndarray:
+    """Row-major ones, as safetensors has them."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset)
+        content = file.read(tensor.dtype.itemsize * math.prod(tensor.shape))
+    return np.frombuffer(content, tensor.dtype).reshape(tensor.shape)
 
 
 def write_through(to: np.memmap, values: np.ndarray) -> None:

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
+from llama4_jax.atomic import AnyPath, in_bucket
 from llama4_jax.weights.checkpoint import MODEL, PROGRESS
 from llama4_jax.weights.table import Index, Shape
 
@@ -42,18 +43,19 @@ class StoredArray:
         return tuple(self._store.chunk_layout.read_chunk.shape or self.shape)
 
 
-def stored_arrays(checkpoint: Path) -> dict[str, ts.TensorStore]:
+def stored_arrays(checkpoint: AnyPath) -> dict[str, ts.TensorStore]:
     """The arrays of the model in a checkpoint (`checkpoints/STEP`), by name. Nothing is read yet."""
-    directory = (checkpoint / MODEL).absolute()
+    directory = checkpoint / MODEL
+    url = str(directory) if in_bucket(directory) else f"file://{directory.absolute()}"
     metadata = json.loads((directory / "_METADATA").read_text())
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
     def spec(name: str) -> dict:
         if metadata.get("use_ocdbt", True):
-            store: dict = {"driver": "ocdbt", "base": f"file://{directory}", "path": f"{name}/"}
+            store: dict | str = {"driver": "ocdbt", "base": url, "path": f"{name}/"}
         else:
-            store = {"driver": "file", "path": f"{directory}/{name}/"}
+            store = f"{url}/{name}/"
         # a chunk that is lost must not become zeros
         return {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from llama4_jax.atomic import AnyPath, any_path, in_bucket
 from llama4_jax.weights.mapped import FileTensor, Shape, reserve
 
 SINGLE = "model.safetensors"
@@ -46,11 +48,11 @@ class SafetensorsFile:
     Raises FileNotFoundError if there is none, ValueError if it is cut short or is no such file.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: epath.PathLike):
+        self.path = any_path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file: {self.path}")
-        size = self.path.stat().st_size
+        size = self.path.stat().length if in_bucket(self.path) else self.path.stat().st_size
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -118,8 +120,8 @@ class HFCheckpoint:
     missing shard; ValueError for a damaged file, and for an index and shards that disagree. Each names the file.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: epath.PathLike):
+        self.path = any_path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"no such directory: {self.path}")
         self.config: dict = read_json(self.path / "config.json", "a Hugging Face checkpoint has one")
@@ -155,7 +157,7 @@ class HFCheckpoint:
         return self.tensors[name].map()
 
 
-def read_json(path: Path, why: str) -> dict:
+def read_json(path: AnyPath, why: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}" + (f" ({why})." if why else "."))
     try:

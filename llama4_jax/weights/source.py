@@ -3,12 +3,13 @@ tensor, read when it is asked for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from llama4_jax.atomic import AnyPath, any_path, in_bucket
 from llama4_jax.config import SavedModel, model_from_json
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.weights import hf_config, meta_config, table
@@ -29,7 +30,7 @@ class Weights(Protocol):
     - names: of its tensors, as in `weights.table`, in the table's order
     """
 
-    path: Path
+    path: AnyPath
     format: SourceFormat
     config: ModelConfig
     provenance: Mapping[str, str]
@@ -56,7 +57,7 @@ class FileWeights:
       tensors of their own. Otherwise they are ordinary ones, values · scales in bfloat16
     """
 
-    path: Path
+    path: AnyPath
     format: SourceFormat
     config: ModelConfig
     provenance: Mapping[str, str]
@@ -117,7 +118,7 @@ class RunWeights:
 
     format: SourceFormat = "run"
 
-    def __init__(self, path: Path, saved: SavedModel, step: int):
+    def __init__(self, path: AnyPath, saved: SavedModel, step: int):
         # Here, since Orbax takes a second to import, and files of other formats do not need it.
         from llama4_jax.weights.orbax_arrays import StoredArray, stored_arrays
 
@@ -154,12 +155,12 @@ class RunWeights:
         return tuple(part)
 
 
-def saved_model(run: Path) -> SavedModel:
+def saved_model(run: AnyPath) -> SavedModel:
     """What the config.json of a directory of ours says. Raises ValueError naming the field that is wrong."""
     return model_from_json((run / "config.json").read_text(encoding="utf-8"))
 
 
-def run_steps(run: Path) -> list[int]:
+def run_steps(run: AnyPath) -> list[int]:
     """Of a run's complete checkpoints, oldest first. Raises FileNotFoundError if there are none."""
     import orbax.checkpoint as ocp
 
@@ -194,7 +195,7 @@ def locate(stored: Mapping[str, Shape], config: ModelConfig) -> dict[str, tuple[
     return found
 
 
-def open_weights(path: str | Path, *, keep_quantized: bool = False) -> Weights:
+def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weights:
     """The weights in a directory.
 
     - keep_quantized: quantized ones of a published checkpoint are shown as they are stored (see `FileWeights`), which
@@ -203,7 +204,7 @@ def open_weights(path: str | Path, *, keep_quantized: bool = False) -> Weights:
     Raises FileNotFoundError for what is not there; ValueError for a directory of no known format, damaged files, and
     weights that do not fit their config, naming every tensor that is at fault.
     """
-    path = Path(path)
+    path = any_path(path)
     kind = source_format(path)
     if kind == "run":
         return RunWeights(path, saved_model(path), run_steps(path)[-1])
@@ -212,6 +213,10 @@ def open_weights(path: str | Path, *, keep_quantized: bool = False) -> Weights:
         config, provenance = hf_config.model_config(checkpoint.config), hf_config.provenance(checkpoint.config)
         ranks: tuple[Tensors, ...] = (HFTensors(checkpoint.tensors),)
     else:
+        if in_bucket(path):
+            raise ValueError(
+                f"{path} holds Meta's .pth files, which torch maps from a disk: copy the directory, or convert it once."
+            )
         files = MetaCheckpoint(path)
         config, provenance = meta_config.model_config(files.params), meta_config.provenance(files.params)
         ranks = tuple(MetaTensors(files, rank) for rank in range(len(files.ranks)))
@@ -219,9 +224,9 @@ def open_weights(path: str | Path, *, keep_quantized: bool = False) -> Weights:
     return FileWeights(path, kind, config, provenance, ranks, plan, keep_quantized)
 
 
-def open_config(path: str | Path) -> ModelConfig:
+def open_config(path: epath.PathLike) -> ModelConfig:
     """What model is in a directory, from its config alone. Raises as `open_weights` does."""
-    path = Path(path)
+    path = any_path(path)
     match source_format(path):
         case "run":
             return saved_model(path).model
@@ -231,7 +236,7 @@ def open_config(path: str | Path) -> ModelConfig:
             return meta_config.model_config(read_json(path / PARAMS, ""))
 
 
-def source_format(path: Path) -> SourceFormat:
+def source_format(path: AnyPath) -> SourceFormat:
     """Which format a directory has, by its config. Raises as `open_weights` does."""
     if not path.is_dir():
         raise FileNotFoundError(f"no such directory: {path}")

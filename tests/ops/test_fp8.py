@@ -70,6 +70,20 @@ def test_one_scale_for_all_loses_rows_that_are_much_smaller():
     assert median > 0.3 and worst == 1 and whole < 0.04
 
 
+def test_a_scale_of_a_step_before_would_cost_ten_times_as_much():
+    """Why scales are those of the numbers at hand: these are four times as large as the scale knows."""
+    x, w = draw((256, 1024), (1024, 256))
+    exact = x @ w
+
+    def product(scale):
+        values, columns = rounded(x, scale, "float8_e4m3fn"), quantize(w, "float8_e4m3fn")
+        return values.astype(jnp.float32) @ columns.values.astype(jnp.float32) * (scale * columns.scale)
+
+    right = quantize(x, "float8_e4m3fn").scale
+    fresh, stale = (float(jnp.linalg.norm(product(s) - exact) / jnp.linalg.norm(exact)) for s in (right, right / 4))
+    assert fresh < 0.04 and 0.25 < stale < 0.35
+
+
 def test_two_bits_of_mantissa_are_too_few_for_the_forward_product():
     assert errors("gauss", fp8_dot_general(forward="float8_e5m2"))[0] > 0.07
 
