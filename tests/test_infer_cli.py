@@ -392,7 +392,7 @@ def test_batch_says_by_its_exit_code_whether_all_was_answered(seeing, capsys, mo
     assert stderr == "2 answered, 0 of them by an error\n3 answered, 0 of them by an error\n"
     assert [json.loads(line)["message"]["content"] for line in out.read_text().splitlines()] == ["a", "b", "c"]
     how = {name: value for name, value in written.asked[0].items() if name not in ("prompts", "images")}
-    assert how == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 5}
+    assert how == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 5, "cache": "float"}
     with source.open("a") as more:
         more.write("{}\n" + json.dumps(good))
     code, stdout, stderr = run_here(capsys, monkeypatch, *options)

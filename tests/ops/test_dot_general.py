@@ -163,11 +163,19 @@ def test_works_under_vmap():
     np.testing.assert_array_equal(actual, jnp.stack([contract(a, b) for a, b in zip(x, w, strict=True)]))
 
 
-@pytest.mark.parametrize("name", ["auto", "default"])
-def test_make_dot_general_knows_its_names(name):
-    assert make_dot_general(name) is dot_general
-
-
 def test_make_dot_general_names_what_it_knows():
-    with pytest.raises(ValueError, match="'fp4'.*auto, default"):
+    assert make_dot_general("default") is dot_general
+    with pytest.raises(ValueError, match="'fp4'.*default, bf16, fp8, fp8_row"):
         make_dot_general("fp4")
+
+
+@pytest.mark.parametrize("name", ["linear", "batched", "one row"])
+def test_bf16_multiplies_bfloat16_copies_and_returns_the_operands_dtype(name):
+    lhs_shape, rhs_shape, numbers = PRODUCTS[name]
+    lhs, rhs = draw(lhs_shape, rhs_shape)
+    (g,) = draw(jax.lax.dot_general(lhs, rhs, numbers).shape)
+    actual = value_and_grads(lambda lhs, rhs: make_dot_general("bf16")(lhs, rhs, numbers), lhs, rhs, g)
+    copies = [a.astype(jnp.bfloat16) for a in (lhs, rhs)]
+    exact = dot_general(*copies, numbers, preferred_element_type=jnp.float32)
+    np.testing.assert_array_equal(actual[0], exact)
+    assert all(a.dtype == jnp.float32 for a in actual)
