@@ -54,13 +54,16 @@ class Work:
     @property
     def model_traffic(self) -> float:
         """Bytes that all devices together must read: of decoding, which is little else than reading; 0 otherwise."""
-        if self.step != "decode":
-            return 0.0
-        kept = _BYTES[self.config.precision.params]
-        matrix = None if self.weights is None else bits(self.weights) / 8
-        if self.weights is not None and self.weights.group is not None:
-            matrix += SCALE_BYTES_OF_A_GROUP / self.weights.group
-        how = {"weight_bytes": kept, "matrix_bytes": matrix, "cache_bytes": self.cache_bytes}
+        return self._decode_bytes(self.cache_bytes) if self.step == "decode" else 0.0
+
+    @property
+    def weight_traffic(self) -> float:
+        """The weights' part of that."""
+        return self._decode_bytes(0.0)
+
+    def _decode_bytes(self, cache_bytes: float) -> float:
+        matrix = None if self.weights is None else matrix_bytes(self)
+        how = {"weight_bytes": _BYTES[self.config.precision.params], "matrix_bytes": matrix, "cache_bytes": cache_bytes}
         return decode_bytes(self.config.model, rows=self.rows, context=self.context, **how)
 
     @property
@@ -69,6 +72,13 @@ class Work:
         if self.cache is None:
             return float(_BYTES[self.config.precision.compute])
         return 1 + SCALE_BYTES / self.config.model.head_dim
+
+
+def matrix_bytes(work: Work) -> float:
+    """Of a number in a served model's matrices, with its part of a scale that a group has."""
+    if work.weights is None:
+        return float(_BYTES[work.config.precision.params])
+    return bits(work.weights) / 8 + (SCALE_BYTES_OF_A_GROUP / work.weights.group if work.weights.group else 0.0)
 
 
 def bits(scheme: Scheme) -> int:
@@ -158,7 +168,7 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
         {"none": 1.0, "dots": 1.0, "full": 4 / 3, "offload": 4 / 3}[work.config.remat] if work.step == "train" else 1.0
     )
     flops = work.model_flops * again / devices
-    traffic = _traffic(work, mesh, sum(arguments.values()))
+    traffic = _traffic(work, mesh, arguments)
     used = sum(arguments.values()) + temporaries
     return Plan(
         topology=topology.name, devices=devices, mesh=dataclasses.asdict(mesh), memory=float(chip.memory),
@@ -220,7 +230,7 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     counted = count_parameters(model)
     size, compute = _BYTES[config.precision.params], _BYTES[config.precision.compute]
     if work.step != "train":
-        rows = math.ceil(work.rows / (mesh.data * mesh.fsdp * mesh.expert))
+        rows = _rows_of_a_device(work.rows, mesh)
         slots = sum(min(spec.chunk or work.context, work.context) for spec in model.layers) / mesh.context
         cache = rows * slots * 2 * model.num_kv_heads * model.head_dim / mesh.tensor * work.cache_bytes
         width = 2 * model.expert_mlp_dim + 4 * model.embed_dim
@@ -242,6 +252,13 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     temporaries += tokens * (model.num_layers * kept * model.embed_dim + width) * compute
     temporaries += max(3 * gathered * compute, ends * (compute + 4))
     return {"parameters": held * size, "optimizer": held * 8, "batch": tokens * 24}, temporaries
+
+
+def _rows_of_a_device(rows: int, mesh: MeshConfig) -> int:
+    """Of a cache. A mesh axis that does not divide what is left of them splits no rows."""
+    for ways in (mesh.data, mesh.fsdp, mesh.expert):
+        rows = rows // ways if rows % ways == 0 else rows
+    return rows
 
 
 def _weights(work: Work, mesh: MeshConfig) -> dict[str, float]:
@@ -289,15 +306,18 @@ def _matrices(model: ModelConfig) -> Iterator[_Matrix]:
             yield _Matrix(f"layers.{number}.{part}.down", width, copies * dim)
 
 
-def _traffic(work: Work, mesh: MeshConfig, arguments: float) -> float:
+def _traffic(work: Work, mesh: MeshConfig, arguments: dict[str, float]) -> float:
     """Bytes to and from a device's memory."""
     config = work.config
     if work.step == "decode":
-        return min(arguments, work.model_traffic * mesh.data / math.prod(mesh.shape))
+        # Attention is on every device of `expert` and `context`, and what one reads does not spare the others.
+        attention = sum(m.inputs * m.outputs for m in _matrices(config.model) if m.of_attention) * matrix_bytes(work)
+        others = (work.weight_traffic - attention) / (mesh.tensor * mesh.fsdp * mesh.expert)
+        return arguments["cache"] + attention / (mesh.tensor * mesh.fsdp) + others
     tokens = work.rows * work.tokens / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
     passes = 4 if work.step == "train" else 1  # forward, again, and two backward
     activations = tokens * config.model.num_layers * 20 * config.model.embed_dim * 2
-    return passes * activations + (3 if work.step == "train" else 1) * arguments
+    return passes * activations + (3 if work.step == "train" else 1) * sum(arguments.values())
 
 
 def _sent(work: Work, mesh: MeshConfig) -> Iterator[tuple[str, tuple[str, ...], float, float]]:
@@ -310,8 +330,9 @@ def _sent(work: Work, mesh: MeshConfig) -> Iterator[tuple[str, tuple[str, ...], 
         yield "all-reduce", ("tensor",), 2 * layers, rows * model.embed_dim * compute
         yield "all-gather", ("expert",), layers, rows * mesh.expert * model.embed_dim * compute
         yield "reduce-scatter", ("expert",), layers, rows * mesh.expert * model.embed_dim * compute
-        yield "all-gather", ("fsdp",), layers, rows * mesh.fsdp * model.embed_dim * compute
-        yield "all-reduce", ("fsdp",), 4 * layers, rows * mesh.fsdp * model.expert_mlp_dim / mesh.tensor * compute
+        # Weights are gathered for every token.
+        every = sum(_weights(work, dataclasses.replace(mesh, fsdp=1)).values())
+        yield "all-gather", ("fsdp",), layers, every / layers
         return
     steps = config.grad_accumulation
     tokens = work.rows * work.context / steps / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
