@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from llama4_jax.collective_count import BYTES, Counted, count
 from llama4_jax.config import RunConfig
 from llama4_jax.model.config import LayerSpec, ModelConfig
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
@@ -22,8 +23,7 @@ from sharding.chips import Chip, Topology
 from sharding.plan import Plan, Sent
 
 PIECE = 512  # tokens of a prompt that are read at once, as `infer.generate` does
-_BYTES = {"float32": 4, "bfloat16": 2}
-SCALE_BYTES, SCALE_BYTES_OF_A_GROUP = 4, 2  # float32, bfloat16: see `ops.quantization`
+SCALEBYTES, SCALEBYTES_OF_A_GROUP = 4, 2  # float32, bfloat16: see `ops.quantization`
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class Work:
 
     def _decode_bytes(self, cache_bytes: float) -> float:
         matrix = None if self.weights is None else matrix_bytes(self)
-        how = {"weight_bytes": _BYTES[self.config.precision.params], "matrix_bytes": matrix, "cache_bytes": cache_bytes}
+        how = {"weight_bytes": BYTES[self.config.precision.params], "matrix_bytes": matrix, "cache_bytes": cache_bytes}
         return decode_bytes(self.config.model, rows=self.rows, context=self.context, **how)
 
     @property
     def cache_bytes(self) -> float:
         """Of a number in the cache, with its part of a scale."""
         if self.cache is None:
-            return float(_BYTES[self.config.precision.compute])
-        return 1 + SCALE_BYTES / self.config.model.head_dim
+            return float(BYTES[self.config.precision.compute])
+        return 1 + SCALEBYTES / self.config.model.head_dim
 
 
 def matrix_bytes(work: Work) -> float:
     """Of a number in a served model's matrices, with its part of a scale that a group has."""
     if work.weights is None:
-        return float(_BYTES[work.config.precision.params])
-    return bits(work.weights) / 8 + (SCALE_BYTES_OF_A_GROUP / work.weights.group if work.weights.group else 0.0)
+        return float(BYTES[work.config.precision.params])
+    return bits(work.weights) / 8 + (SCALEBYTES_OF_A_GROUP / work.weights.group if work.weights.group else 0.0)
 
 
 def bits(scheme: Scheme) -> int:
@@ -152,17 +152,16 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
     chip, devices = topology.chip, topology.num_devices
     sent = tuple(
         Sent(
-            kind,
-            axes,
+            c.kind,
+            c.axes,
             ways,
-            float(times),
-            size * times,
-            seconds=size * times * share / _bandwidth(topology, mesh, axes),
+            float(c.times),
+            float(c.bytes * c.times),
+            seconds=_seconds(c, mesh, topology) * c.times,
             where="a formula",
         )
-        for kind, axes, times, size in _sent(work, mesh)
-        if (ways := math.prod(getattr(mesh, axis) for axis in axes)) > 1
-        for share in [(ways - 1) / ways * (2 if kind == "all-reduce" else 1)]
+        for c in _sent(work, mesh, topology)
+        if (ways := math.prod(getattr(mesh, axis) for axis in c.axes)) > 1
     )
     again = (
         {"none": 1.0, "dots": 1.0, "full": 4 / 3, "offload": 4 / 3}[work.config.remat] if work.step == "train" else 1.0
@@ -228,7 +227,7 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     """Bytes on a device, by category, and of temporaries."""
     model, config = work.config.model, work.config
     counted = count_parameters(model)
-    size, compute = _BYTES[config.precision.params], _BYTES[config.precision.compute]
+    size, compute = BYTES[config.precision.params], BYTES[config.precision.compute]
     if work.step != "train":
         rows = _rows_of_a_device(work.rows, mesh)
         slots = sum(min(spec.chunk or work.context, work.context) for spec in model.layers) / mesh.context
@@ -263,7 +262,7 @@ def _rows_of_a_device(rows: int, mesh: MeshConfig) -> int:
 
 def _weights(work: Work, mesh: MeshConfig) -> dict[str, float]:
     """Bytes of a served model's weights on a device. Quantized, by what they are."""
-    total, size = count_parameters(work.config.model).total, _BYTES[work.config.precision.params]
+    total, size = count_parameters(work.config.model).total, BYTES[work.config.precision.params]
     matrices = list(_matrices(work.config.model))
     shared = mesh.tensor * mesh.fsdp  # devices that a matrix of attention is split over; all else is over `expert`, too
     if work.weights is None:
@@ -274,7 +273,7 @@ def _weights(work: Work, mesh: MeshConfig) -> dict[str, float]:
         ways = shared * (1 if matrix.of_attention else mesh.expert)
         groups = num_groups((matrix.inputs,), work.weights, what=matrix.name)
         values += matrix.inputs * matrix.outputs * bits(work.weights) / 8 / ways
-        each = SCALE_BYTES if work.weights.group is None else SCALE_BYTES_OF_A_GROUP
+        each = SCALEBYTES if work.weights.group is None else SCALEBYTES_OF_A_GROUP
         scales += groups * matrix.outputs * each / ways
     kept = (total - sum(m.inputs * m.outputs for m in matrices)) * size / (shared * mesh.expert)
     return quantized_parts(work.weights, values, scales, kept)
@@ -320,38 +319,37 @@ def _traffic(work: Work, mesh: MeshConfig, arguments: dict[str, float]) -> float
     return passes * activations + (3 if work.step == "train" else 1) * sum(arguments.values())
 
 
-def _sent(work: Work, mesh: MeshConfig) -> Iterator[tuple[str, tuple[str, ...], float, float]]:
-    """Collectives of a step: kind, axes, how often, and bytes of the whole array."""
+def _sent(work: Work, mesh: MeshConfig, topology: Topology) -> Iterator[Counted]:
+    """Collectives of a step."""
     config, model = work.config, work.config.model
-    compute = _BYTES[config.precision.compute]
-    layers, moe = model.num_layers, sum(spec.moe for spec in model.layers)
-    if work.step != "train":
-        rows = work.rows * work.tokens / (mesh.data * mesh.fsdp * mesh.expert)
-        yield "all-reduce", ("tensor",), 2 * layers, rows * model.embed_dim * compute
-        yield "all-gather", ("expert",), layers, rows * mesh.expert * model.embed_dim * compute
-        yield "reduce-scatter", ("expert",), layers, rows * mesh.expert * model.embed_dim * compute
-        # Weights are gathered for every token.
-        every = sum(_weights(work, dataclasses.replace(mesh, fsdp=1)).values())
-        yield "all-gather", ("fsdp",), layers, every / layers
+    if work.step == "train":
+        yield from count(config, work.rows, work.context, mesh, on_tpu=topology.chip.torus > 0)
         return
-    steps = config.grad_accumulation
-    tokens = work.rows * work.context / steps / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
-    parts = [_layer_parameters(model, spec) for spec in model.layers]
-    dense = (sum(a + f for a, f, _ in parts) + 2 * model.vocab_size * model.embed_dim) / mesh.tensor
-    routed = sum(r for _, _, r in parts) / (mesh.tensor * mesh.expert)
-    gathers = 2 if config.remat in ("full", "offload") else 1
-    for size, axes in ((dense, ("fsdp", "expert", "context")), (routed, ("fsdp", "context"))):
-        yield "all-gather", axes, gathers * steps, size * compute
-        yield "reduce-scatter", axes, steps, size * compute
-    held = count_parameters(model).total / (mesh.tensor * mesh.fsdp * mesh.expert * mesh.context)
-    yield "all-reduce", ("data",), 1, held * 4
-    rows = tokens * mesh.expert * model.embed_dim * compute
-    yield "all-gather", ("expert",), (gathers + 1) * moe * steps, rows
-    yield "reduce-scatter", ("expert",), (gathers + 1) * moe * steps, rows
-    yield "all-reduce", ("tensor",), 2 * (gathers + 1) * layers * steps, tokens * model.embed_dim * compute
-    keys = 2 * tokens * mesh.context * model.num_kv_heads * model.head_dim / mesh.tensor * compute
-    everywhere = sum(spec.chunk is None or spec.chunk > work.context / mesh.context for spec in model.layers)
-    yield "all-gather", ("context",), (gathers + 2) * everywhere * steps, keys
+    layers, rows = model.num_layers, work.rows * work.tokens / (mesh.data * mesh.fsdp * mesh.expert)
+    hidden = rows * model.embed_dim * BYTES[config.precision.compute]
+    yield Counted("all-reduce", ("tensor",), 2 * layers, hidden)
+    yield Counted("all-gather", ("expert",), layers, hidden * mesh.expert)
+    yield Counted("reduce-scatter", ("expert",), layers, hidden * mesh.expert)
+    # Weights are gathered for every token.
+    every = sum(_weights(work, dataclasses.replace(mesh, fsdp=1)).values())
+    yield Counted("all-gather", ("fsdp",), layers, every / layers)
+
+
+def _seconds(counted: Counted, mesh: MeshConfig, topology: Topology) -> float:
+    """About how long one of them takes."""
+    ways = math.prod(getattr(mesh, axis) for axis in counted.axes)
+    bandwidth = _bandwidth(topology, mesh, counted.axes)
+    if counted.kind == "collective-permute":
+        return counted.bytes / bandwidth
+    if "all-to-all" in counted.kind and topology.chip.torus:  # in a ring of n an n-th goes half around, and so on
+        dimensions = _dimensions(topology, ways)
+        return counted.bytes * ways ** (1 / dimensions) / 4 / (bandwidth / dimensions)
+    return counted.bytes * (ways - 1) / ways * (2 if counted.kind == "all-reduce" else 1) / bandwidth
+
+
+def _dimensions(topology: Topology, ways: int) -> int:
+    """About how many dimensions of a torus so many devices lie along."""
+    return max(1, round(topology.chip.torus * math.log(ways) / math.log(topology.num_devices)))
 
 
 def _bandwidth(topology: Topology, mesh: MeshConfig, axes: tuple[str, ...]) -> float:
@@ -362,6 +360,6 @@ def _bandwidth(topology: Topology, mesh: MeshConfig, axes: tuple[str, ...]) -> f
         span = math.prod(mesh.shape[min(names.index(axis) for axis in axes if getattr(mesh, axis) > 1) :])
         return chip.link if span <= chip.per_host else chip.host_link
     ways = math.prod(getattr(mesh, axis) for axis in axes)
-    dimensions = max(1, round(chip.torus * math.log(ways) / math.log(topology.num_devices)))
+    dimensions = _dimensions(topology, ways)
     rings = 2 if max(topology.sizes) >= chip.wraps_at and topology.num_devices > 1 else 1
     return dimensions * rings * chip.link / chip.per_chip

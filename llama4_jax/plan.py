@@ -19,6 +19,7 @@ import tyro
 from flax import nnx
 
 from configs import config_names, load_config
+from llama4_jax.collective_count import count
 from llama4_jax.config import RunConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
@@ -148,8 +149,18 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         turns=functools.partial(_turns, expert_turns=_expert_turns(work, mesh)),
         takes_cheapest=_is_of_experts,
         steps=generate.TOKENS_PER_CALL if work.step == "decode" else 1,
+        by_hand=_by_hand(work, mesh_config, where) if work.step == "train" else None,
         notes=[*notes, *_NOTES, *precision_notes(work, where.chip)],
     )  # fmt: skip
+
+
+def _by_hand(work: Work, mesh: MeshConfig, where: Topology) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Bytes that a training step should send, by kind and mesh axes."""
+    sent: dict[tuple[str, tuple[str, ...]], float] = {}
+    for kind, axes, times, size in count(work.config, work.rows, work.context, mesh, on_tpu=where.chip.torus > 0):
+        if math.prod(getattr(mesh, axis) for axis in axes) > 1 and times:
+            sent[kind, axes] = sent.get((kind, axes), 0.0) + times * size
+    return sent
 
 
 _NOTES = (

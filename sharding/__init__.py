@@ -1,5 +1,6 @@
 """Where arrays live. Knows jax, not Llama."""
 
+from sharding.collectives import all_parts as all_parts
 from sharding.collectives import gathered as gathered
 from sharding.collectives import given_back as given_back
 from sharding.collectives import own_part as own_part
@@ -12,8 +13,10 @@ from sharding.rules import Rules as Rules
 from sharding.rules import activation_sharding as activation_sharding
 from sharding.rules import activation_spec as activation_spec
 from sharding.rules import axes_of as axes_of
+from sharding.rules import brought as brought
 from sharding.rules import constrain as constrain
 from sharding.rules import for_use as for_use
+from sharding.rules import given_home as given_home
 from sharding.rules import mesh_axes as mesh_axes
 from sharding.rules import parameter_sharding as parameter_sharding
 from sharding.rules import parameter_spec as parameter_spec

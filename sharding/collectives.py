@@ -1,5 +1,6 @@
 """What devices say to each other, within `shard_map`."""
 
+import math
 from functools import partial
 
 import jax
@@ -16,10 +17,25 @@ def gathered(w: jax.Array, dtype, axes: tuple[str, ...], dimension: int) -> jax.
     if platform() != "cpu":
         # Of layers in a scan XLA would cast the whole stack before it, and keep that.
         w = lax.optimization_barrier(w)
-    w = w.astype(dtype)
-    for axis in reversed(axes):  # one at a time: over all devices of a mesh a TPU would add up zeros instead
-        w = lax.all_gather(w, axis, axis=dimension, tiled=True)
-    return w
+    return all_parts(w.astype(dtype), axes, dimension)
+
+
+def all_parts(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """Of an array that these mesh axes split along this dimension."""
+    for group in reversed(in_groups(axes)):
+        x = lax.all_gather(x, group, axis=dimension, tiled=True)
+    return x
+
+
+def in_groups(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes over which to gather or scatter at once: all of them if there are several replicas (`data`), or
+    else one after another. What XLA for TPUs makes of it decides:
+
+    - over all devices at once it gathers by an all-reduce of parts among zeros, and sends twice as much
+    - a gradient that replicas add up, too, it adds up over all axes but the first before it scatters
+    """
+    replicas = dict(jax.sharding.get_abstract_mesh().shape).get("data", 1)
+    return [axes] if axes and replicas > 1 else [(axis,) for axis in axes]
 
 
 def given_back(g: jax.Array, dtype, axes: tuple[str, ...], dimension: int) -> jax.Array:
@@ -28,12 +44,18 @@ def given_back(g: jax.Array, dtype, axes: tuple[str, ...], dimension: int) -> ja
 
 
 def _scattered(total: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    """Its sum over the axes, of which each device keeps its part: over the last axis first, the rest being the less."""
-    before, after = total.shape[:dimension], total.shape[dimension + 1 :]
-    part = total.reshape(*before, *[lax.axis_size(axis) for axis in axes], -1, *after)
-    for i, axis in reversed(list(enumerate(axes))):
-        part = lax.psum_scatter(part, axis, scatter_dimension=dimension + i, tiled=True)
-    return part.reshape(*before, -1, *after)
+    """Its sum over the axes, of which each device keeps its part."""
+    if not axes:
+        return total
+    if 0 < dimension < total.ndim - 1:  # XLA for TPUs would scatter the last or the first, or else sum up everywhere
+        before = total.shape[:dimension]
+        if math.prod(before) == 1:
+            part = _scattered(total.reshape(total.shape[dimension:]), axes, 0)
+            return part.reshape(*before, *part.shape)
+        return jnp.moveaxis(_scattered(jnp.moveaxis(total, dimension, 0), axes, 0), 0, dimension)
+    for group in in_groups(axes):
+        total = lax.psum_scatter(total, group, scatter_dimension=dimension, tiled=True)
+    return total
 
 
 # The empty slice carries w's dtype to the backward pass.

@@ -18,6 +18,7 @@ in `assumptions`. The grammar of the text: `HloInstruction::ToString` of openxla
 `ReplicaGroupList`, `IotaReplicaGroupList` and `MeshAxesReplicaGroupList` there.
 """
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -348,9 +349,11 @@ class _Walk:
             computation = self.module.computations[name]
             costs = self.computation(computation, {})
             costs.traffic = 0.0
-            root = _behind(computation, computation.root, ("bitcast", "copy", "convert"))
-            if root.opcode in ("dynamic-slice", "fusion"):  # how a TPU writes a reduce-scatter
-                costs.collectives = [_scattered(c, root, computation) for c in costs.collectives]
+            if _keeps_a_part(computation):  # how a TPU writes a reduce-scatter
+                costs.collectives = [
+                    dataclasses.replace(c, kind="reduce-scatter") if c.kind == "all-reduce" else c
+                    for c in costs.collectives
+                ]
             self.inner[name] = costs
         return self.inner[name]
 
@@ -580,12 +583,19 @@ def _element(computation: Computation, i: Instruction) -> int | None:
     return int(re.search(r"\bindex=(\d+)", i.attributes)[1])
 
 
-def _scattered(collective: Collective, root: Instruction, computation: Computation) -> Collective:
-    """A sum of which only a part is kept, as it is: a reduce-scatter."""
-    whole = computation.parameters.get(0)
-    if collective.kind != "all-reduce" or whole is None or root.arrays[0].bytes >= whole.arrays[0].bytes:
-        return collective
-    return Collective("reduce-scatter", collective.bytes, collective.groups, collective.times, collective.op_name)
+def _keeps_a_part(computation: Computation) -> bool:
+    """Whether it slices all that it sums over devices."""
+    through = ("bitcast", "copy", "convert")
+    root = _behind(computation, computation.root, through)
+    parts = [
+        _behind(computation, i, through) for i in (computation.operands(root) if root.opcode == "tuple" else [root])
+    ]
+    sums = [i for i in computation.instructions.values() if i.opcode == "all-reduce"]
+    return all(part.opcode in ("dynamic-slice", "fusion") for part in parts) and _elements(parts) < _elements(sums)
+
+
+def _elements(instructions: Iterable[Instruction]) -> int:
+    return sum(math.prod(array.shape) for i in instructions for array in i.arrays)
 
 
 def _target(i: Instruction) -> str:

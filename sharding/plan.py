@@ -15,6 +15,7 @@ is what `Plan.utilization` is of. Both are estimates: nothing has run.
 """
 
 import contextlib
+import dataclasses
 import glob
 import json
 import math
@@ -90,6 +91,7 @@ class Sent:
     bytes: float  # of the whole arrays
     seconds: float  # estimated
     where: str  # the largest of them, in JAX's words
+    by_hand: float | None = None  # bytes that the caller predicts; None: it predicts nothing of the step
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,14 @@ class Plan:
             lines.append(f"  executed       {self.flops / 1e12:>12,.2f} TFLOP{ratio if self.model_flops else ''}")
         lines.append(f"  to memory      {self.traffic / 1e9:>12,.2f} GB{self._beyond_the_needed()}")
         if self.sent:
-            lines += ["", f"  {'collective':<20}{'over':<22}{'devices':>8}{'times':>8}{'GB':>12}{'est. ms':>10}"]
+            counted = any(s.by_hand is not None for s in self.sent)
+            lines += ["", f"  {'collective':<20}{'over':<22}{'devices':>8}{'times':>8}{'GB':>12}{'est. ms':>10}"
+                          f"{'GB by hand' if counted else '':>14}"]  # fmt: skip
             for s in self.sent:
                 where = "+".join(s.axes) or "-"
+                by_hand = f"{s.by_hand / 1e9:>14,.3f}" if s.by_hand is not None else ""
                 lines.append(f"  {s.kind:<20}{where:<22}{s.devices:>8}{s.times:>8.0f}{s.bytes / 1e9:>12,.3f}"
-                             f"{s.seconds * 1e3:>10,.2f}")  # fmt: skip
+                             f"{s.seconds * 1e3:>10,.2f}{by_hand}")  # fmt: skip
         else:
             lines.append("  no collectives")
         lines += ["", "Estimated time of a step, ms (roofline; nothing has run)"]
@@ -190,6 +195,7 @@ def make_plan(
     turns: hlo.Turns = hlo.unknown,
     takes_cheapest: hlo.TakesCheapest = hlo.never,
     steps: int = 1,
+    by_hand: Mapping[tuple[str, tuple[str, ...]], float] | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Compiles the step, and counts.
@@ -200,6 +206,7 @@ def make_plan(
     - turns: how often loops run whose length depends on the data, on average
     - takes_cheapest: of which conditionals the branch that costs least is taken; of others the dearest counts
     - steps: how many of them one run of the program takes; what it does once for all of them is shared out
+    - by_hand: bytes that the step should send, by kind and mesh axes, to stand beside what was compiled
     - notes: assumptions of the caller, to stand with the plan's own
 
     A step that needs more memory than the device has gives a plan that does not fit.
@@ -217,6 +224,8 @@ def make_plan(
     costs.add(hlo.costs(text, kernel_flops, turns, takes_cheapest), 1 / steps)
     network = Network(topology, mesh)
     sent = network.summary(costs.collectives)
+    if by_hand is not None:
+        sent = beside(sent, by_hand, mesh)
     assumptions = [f"{line} ({count}x)" if count > 1 else line for line, count in costs.assumptions.items()]
     return Plan(
         **common,
@@ -229,6 +238,19 @@ def make_plan(
         network_seconds=float(sum(s.seconds for s in sent)),
         assumptions=(*notes, *_ASSUMPTIONS, *assumptions),
     )
+
+
+def beside(
+    sent: Sequence[Sent], by_hand: Mapping[tuple[str, tuple[str, ...]], float], mesh: jax.sharding.Mesh
+) -> tuple[Sent, ...]:
+    """With the bytes predicted of each; what is predicted but not sent comes last."""
+    found = {(s.kind, s.axes) for s in sent}
+    missing = (
+        Sent(kind, axes, math.prod(mesh.shape[axis] for axis in axes), 0.0, 0.0, 0.0, "nowhere", size)
+        for (kind, axes), size in by_hand.items()
+        if (kind, axes) not in found
+    )
+    return (*(dataclasses.replace(s, by_hand=by_hand.get((s.kind, s.axes), 0.0)) for s in sent), *missing)
 
 
 _ASSUMPTIONS = (

@@ -19,13 +19,16 @@ from functools import partial
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from sharding.collectives import in_groups
+
 Axes = tuple[str | None, ...]
 Table = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)  # hashable, as `jit` wants of what is static
 class Rules:
-    """name of an axis: mesh axes it is split over. Of these the first must divide it; the others join if they do."""
+    """name of an axis: mesh axes it is split over. Of these the first must divide it, unless it may be of any size; the
+    others join if they do."""
 
     parameters: Table
     activations: Table
@@ -38,9 +41,9 @@ TRAINING = Rules(
         "vocab": ("tensor",),
         "q_heads": ("tensor",),
         "kv_heads": ("tensor",),
-        "head_dim": (),
+        "head_dim": ("expert",),
         "gate_up": (),  # the two halves of a SwiGLU
-        "mlp": ("tensor",),
+        "mlp": ("tensor", "expert"),
         "experts": ("expert",),
         "router": (),  # the experts as outputs of the router: too few columns to be worth splitting
         "patch": (),  # patches of a tile, or the pixels of one
@@ -71,7 +74,7 @@ SERVING = Rules(
         **TRAINING.parameters,
         "embed": ("fsdp",),
         "vocab": ("tensor", "expert"),
-        "mlp": ("tensor", "expert"),
+        "head_dim": (),
     },
     activations={
         **TRAINING.activations,
@@ -81,6 +84,8 @@ SERVING = Rules(
         "mlp": ("tensor", "expert"),
     },
 )
+
+_OF_ANY_SIZE = frozenset({"head_dim"})  # what no mesh axis must divide
 
 _current: ContextVar[Rules] = ContextVar("rules", default=TRAINING)
 
@@ -153,16 +158,41 @@ def where_used(shape: tuple[int, ...], *axes: str | None) -> tuple[PartitionSpec
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _for_use(w, dtype, home: PartitionSpec, use: PartitionSpec):
-    # XLA would cast a whole stack of layers before the scan over them, and keep that; and gather before it casts.
-    w = jax.lax.optimization_barrier(w).astype(dtype)
-    w = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(w, home))
-    return jax.lax.with_sharding_constraint(w, use)
+    # XLA would cast a whole stack of layers before the scan over them, and keep that.
+    return brought(jax.lax.optimization_barrier(w).astype(dtype), home, use)
 
 
 _for_use.defvjp(
     lambda w, dtype, home, use: (_for_use(w, dtype, home, use), w[:0]),
-    lambda dtype, home, use, like, g: (jax.lax.with_sharding_constraint(g, home).astype(like.dtype),),
+    lambda dtype, home, use, like, g: (given_home(g, home, use).astype(like.dtype),),
 )
+
+
+def brought(w: jax.Array, home: PartitionSpec, use: PartitionSpec) -> jax.Array:
+    """A parameter that lives where `home` says, in the dtype it has, to where `use` says."""
+    first, *on = _way(home, use)
+    # XLA would gather what w is made of.
+    w = jax.lax.optimization_barrier(jax.lax.with_sharding_constraint(w, first))
+    for place in on:
+        w = jax.lax.with_sharding_constraint(w, place)
+    return w
+
+
+def given_home(g: jax.Array, home: PartitionSpec, use: PartitionSpec) -> jax.Array:
+    """The gradient of what was `brought`, to where the parameter lives."""
+    for place in reversed(_way(home, use)[:-1]):
+        g = jax.lax.with_sharding_constraint(g, place)
+    return g
+
+
+def _way(home: PartitionSpec, use: PartitionSpec) -> list[PartitionSpec]:
+    """Places from `home` to `use`, on the way those that gathering by `in_groups` comes by."""
+    parts, goals, places = [axes_of(part) for part in home], [axes_of(part) for part in use], [home]
+    gathered = tuple(axis for part in parts for axis in part if not any(axis in goal for goal in goals))
+    for group in reversed(in_groups(gathered)):
+        parts = [tuple(axis for axis in part if axis not in group) for part in parts]
+        places.append(PartitionSpec(*[part or None for part in parts]))
+    return places if places[-1] == use and gathered else [*places, use]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -202,7 +232,7 @@ def parameter_sharding(
     partition = spec(shape, axes, table, mesh)
     taken = {axis for part in partition for axis in axes_of(part)}
     for size, name in zip(shape, axes, strict=True):
-        first = table[name][:1] if name is not None else ()
+        first = table[name][:1] if name is not None and name not in _OF_ANY_SIZE else ()
         for axis in first:
             if axis not in taken and size % mesh.shape[axis]:
                 raise ValueError(

@@ -29,6 +29,10 @@ from sharding import activation_spec, axes_of, gathered, own_part, parameter_spe
 PIECE_TOKENS = {"cpu": 1024}
 PIECE_TOKENS_ELSEWHERE = 2048  # products are faster there, compared with memory
 
+# XLA for TPUs scatters the head's gradient only if its columns fill such blocks. Else it sums all of it on all devices.
+BLOCK_COLUMNS = {"tpu": 4096}
+MOST_ADDED = 1 / 32  # of its columns; few columns are summed in a moment, anyway
+
 
 def _num_pieces(pieces: int | None, rows: int, num_tokens: int) -> int:
     """Of [rows, num_tokens], those of one device."""
@@ -53,8 +57,20 @@ def _join(x: Array, num_tokens: int) -> Array:
     return rearrange(x, "p b t ... -> b (t p) ...")[:, :num_tokens]
 
 
-def _logits(hidden: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
-    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+def added_columns(words: int, platform: str) -> int:
+    """Columns of zeros that fill a head of so many up to a whole number of blocks."""
+    added = -words % BLOCK_COLUMNS.get(platform, 1)
+    return added if added <= MOST_ADDED * words else 0
+
+
+def _filled(head: Float[Array, "D V"]) -> Float[Array, "D W"]:
+    return jnp.pad(head, ((0, 0), (0, added_columns(head.shape[1], platform()))))
+
+
+def _logits(hidden: Float[Array, "... D"], head: Float[Array, "D W"], words: int) -> Float[Array, "... W"]:
+    """Those after the `words` are of no word, and no token has them."""
+    logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+    return logits if words == head.shape[1] else jnp.where(jnp.arange(head.shape[1]) < words, logits, -jnp.inf)
 
 
 def _target_index(targets: Int[Array, "..."], words: int, vocab_axes: tuple[str, ...]) -> Int[Array, "..."]:
@@ -62,13 +78,13 @@ def _target_index(targets: Int[Array, "..."], words: int, vocab_axes: tuple[str,
     return targets - lax.axis_index(vocab_axes) * words if vocab_axes else targets
 
 
-def _nll(logits: Float[Array, "... V"], index: Int[Array, "..."], vocab_axes: tuple[str, ...]):
+def _nll(logits: Float[Array, "... W"], index: Int[Array, "..."], words: int, vocab_axes: tuple[str, ...]):
     """Negative log-likelihood, and this device's words of softmax as (numerator, denominator)."""
     peak = lax.stop_gradient(logits.max(-1, keepdims=True))
     peak = lax.pmax(peak, vocab_axes) if vocab_axes else peak
     numerator = jnp.exp(logits - peak)
     denominator = numerator.sum(-1, keepdims=True)
-    here = (index >= 0) & (index < logits.shape[-1])
+    here = (index >= 0) & (index < words)
     chosen = jnp.take_along_axis(logits, jnp.where(here, index, 0)[..., None], axis=-1)
     chosen = jnp.where(here[..., None], chosen, 0)
     if vocab_axes:
@@ -121,14 +137,15 @@ def token_scores(
     places = _places(targets, head)
 
     def on_device(hidden, head, targets):
-        head = gathered(head, compute_dtype, places.embed_axes, 0)
+        words = head.shape[1]
+        head = gathered(_filled(head), compute_dtype, places.embed_axes, 0)
 
         @jax.checkpoint
         def piece(_, x):
             hidden, targets = x
-            logits = _logits(hidden.astype(compute_dtype), head)
-            index = _target_index(targets, head.shape[1], places.vocab_axes)
-            nll, *_ = _nll(logits, index, places.vocab_axes)
+            logits = _logits(hidden.astype(compute_dtype), head, words)
+            index = _target_index(targets, words, places.vocab_axes)
+            nll, *_ = _nll(logits, index, words, places.vocab_axes)
             return None, TokenScores(nll, _is_likeliest(logits, index, places.vocab_axes))
 
         parts = _num_pieces(pieces, *targets.shape)
@@ -168,14 +185,15 @@ def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype)
     vocab_axes = places.vocab_axes
 
     def on_device(hidden, head, targets, weights):
-        cast_head = gathered(head, compute_dtype, places.embed_axes, 0)
+        words = head.shape[1]
+        cast_head = gathered(_filled(head), compute_dtype, places.embed_axes, 0)
 
         def piece(d_head, x):
             hidden, targets, weights = x
             h = hidden.astype(compute_dtype)
-            index = _target_index(targets, cast_head.shape[1], vocab_axes)
-            nll, numerator, denominator = _nll(_logits(h, cast_head), index, vocab_axes)
-            chosen = index[..., None] == jnp.arange(cast_head.shape[1])
+            index = _target_index(targets, words, vocab_axes)
+            nll, numerator, denominator = _nll(_logits(h, cast_head, words), index, words, vocab_axes)
+            chosen = index[..., None] == jnp.arange(cast_head.shape[1])  # columns of no word are left out in the end
             d_logits = numerator * (weights[..., None] / denominator) - jnp.where(chosen, weights[..., None], 0)
             d_logits = d_logits.astype(compute_dtype)
             d_hidden = jnp.einsum("btv,dv->btd", d_logits, cast_head, preferred_element_type=jnp.float32)
@@ -190,7 +208,7 @@ def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype)
         zeros = jnp.zeros(cast_head.shape, jnp.float32)
         d_head, (nll, d_hidden) = lax.scan(piece, zeros, tuple(_split(x, parts) for x in (hidden, targets, weights)))
         nll, d_hidden = (_join(x, targets.shape[1]) for x in (nll, d_hidden))
-        return nll, d_hidden, own_part(d_head, places.embed_axes, places.token_axes, 0)
+        return nll, d_hidden, own_part(d_head, places.embed_axes, places.token_axes, 0)[:, :words]
 
     hidden_spec = PartitionSpec(*places.tokens, None)
     in_specs = (hidden_spec, places.head, places.tokens, places.tokens)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.on_mesh import on_mesh
-from sharding import activation_spec, axes_of, parameter_spec
+from sharding import activation_spec, all_parts, axes_of, parameter_spec
 
 AXES = ("vocab", "embed")
 
@@ -28,8 +28,7 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype) -> Floa
 
     def on_device(table, tokens):
         ids = tokens.reshape(-1)
-        if shared:
-            ids = lax.all_gather(ids, shared, tiled=True)
+        ids = all_parts(ids, shared, 0)
         if row_axes:
             ids -= lax.axis_index(row_axes) * table.shape[0]
             x = table.at[jnp.where(ids < 0, table.shape[0], ids)].get(mode="fill", fill_value=0)
@@ -39,7 +38,7 @@ def lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype) -> Floa
         if shared and shared == column_axes:
             x = lax.all_to_all(x, shared, split_axis=0, concat_axis=1, tiled=True)
         else:
-            x = lax.all_gather(x, column_axes, axis=1, tiled=True) if column_axes else x
+            x = all_parts(x, column_axes, 1)
             if shared:
                 x = lax.dynamic_slice_in_dim(x, lax.axis_index(shared) * tokens.size, tokens.size)
         return x.reshape(*tokens.shape, -1)

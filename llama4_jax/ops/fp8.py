@@ -32,11 +32,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from llama4_jax.ops.dims import Dims, Numbers
-from sharding import where_used
+from sharding import brought, given_home, where_used
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 BLOCK = 128
@@ -144,13 +143,14 @@ def _dot_general(lhs, rhs, recipe: Fp8DotGeneral, dims: Dims, out_dtype, places)
 def _forward(lhs, rhs, recipe: Fp8DotGeneral, dims: Dims, out_dtype, places):
     like = jnp.zeros((), lhs.dtype), jnp.zeros((), rhs.dtype)  # carry the dtypes to the backward pass
     if recipe.granularity == "block":
-        rhs = gathered_for_use(rhs, places)
+        rhs = rhs if places is None else brought(rhs, *places)
         x = in_tiles(dims.lhs_matrix(lhs), recipe.forward, (1, BLOCK))
         w = in_tiles(dims.rhs_matrix(rhs), recipe.forward, (BLOCK, BLOCK))
         return dims.from_result_matrix(_matmul(x, w)).astype(out_dtype), (lhs, rhs, like)
     (lhs_summed, rhs_summed), _ = dims.numbers if recipe.granularity == "row" else ((None, None), None)
     x, w = quantize(lhs, recipe.forward, lhs_summed), quantize(rhs, recipe.forward, rhs_summed)
-    w = Scaled(gathered_for_use(w.values, places), w.scale)
+    if places is not None:
+        w = Scaled(brought(w.values, *places), w.scale)
     y = _product(x.values, w.values, dims.numbers) * (dims.beside_lhs(x.scale) * dims.beside_rhs(w.scale))
     return y.astype(out_dtype), (x, w, like)
 
@@ -160,7 +160,7 @@ def _backward(recipe: Fp8DotGeneral, dims: Dims, out_dtype, places, saved, g):
     gradients = {"tensor": _tensor_gradients, "row": _row_gradients, "block": _block_gradients}
     lhs_grad, rhs_grad = gradients[recipe.granularity](recipe, dims, x, w, g)
     if places is not None:
-        rhs_grad = lax.with_sharding_constraint(rhs_grad, places[0])
+        rhs_grad = given_home(rhs_grad, *places)
     return lhs_grad.astype(like[0].dtype), rhs_grad.astype(like[1].dtype)
 
 
@@ -208,12 +208,3 @@ def _product(lhs, rhs, numbers: Numbers) -> Float[Array, "..."]:
 
 def _matmul(x: Float[Array, "b m k"], w: Float[Array, "b k n"]) -> Float[Array, "b m n"]:
     return jnp.matmul(x, w, precision="highest")
-
-
-def gathered_for_use(values: Float[Array, "..."], places: tuple[PartitionSpec, PartitionSpec] | None):
-    """A parameter's values where a product wants them; places: where they live, where they are used."""
-    if places is None:
-        return values
-    home, use = places
-    values = lax.optimization_barrier(lax.with_sharding_constraint(values, home))
-    return lax.with_sharding_constraint(values, use)

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from llama4_jax.ops.cross_entropy import linear_cross_entropy, token_nll
+from llama4_jax.ops import cross_entropy
+from llama4_jax.ops.cross_entropy import linear_cross_entropy, token_nll, token_scores
 from sharding import MeshConfig, activation_sharding, make_mesh, parameter_sharding
 
 
@@ -33,6 +34,14 @@ def mean(loss, hidden, head, targets, weights, **keywords):
     return total / weight
 
 
+@pytest.fixture(params=["", "in blocks"])
+def columns(request, monkeypatch):
+    """The head's columns as they are, and filled up to whole blocks as for TPUs."""
+    if request.param:
+        monkeypatch.setattr(cross_entropy, "BLOCK_COLUMNS", {"cpu": 24})
+        monkeypatch.setattr(cross_entropy, "MOST_ADDED", 24)
+
+
 def value_and_gradients(loss, arrays, **keywords):
     f = jax.value_and_grad(partial(mean, loss, **keywords), argnums=(0, 1, 3))
     value, gradients = jax.jit(f)(*arrays)
@@ -47,7 +56,7 @@ def relative(a, b) -> float:
 @pytest.mark.parametrize(
     "shape, pieces", [((2, 13, 8, 31), n) for n in (None, 1, 2, 5, 13)] + [((1, 1, 3, 2), 1), ((3, 4, 1, 7), 3)]
 )
-def test_values_and_gradients_are_those_of_whole_logits(shape, pieces):
+def test_values_and_gradients_are_those_of_whole_logits(shape, pieces, columns):
     arrays = problem(*shape)
     got = value_and_gradients(linear_cross_entropy, arrays, pieces=pieces)
     for a, b in zip(got, value_and_gradients(whole, arrays), strict=True):
@@ -55,7 +64,7 @@ def test_values_and_gradients_are_those_of_whole_logits(shape, pieces):
 
 
 @pytest.mark.parametrize("pieces", [1, 4])
-def test_the_likelihood_of_each_token_is_that_of_whole_logits(pieces):
+def test_the_likelihood_of_each_token_is_that_of_whole_logits(pieces, columns):
     hidden, head, targets, weights = problem()
     logits = hidden @ head
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -140,15 +149,17 @@ def place(mesh, hidden, head, targets, weights):
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=8), MeshConfig(data=2, context=2, tensor=2)]
 )
-def test_sharded_over_batch_sequence_and_vocabulary_it_is_the_same(mesh):
+def test_sharded_over_batch_sequence_and_vocabulary_it_is_the_same(mesh, columns):
     mesh = make_mesh(mesh)
     arrays = problem(batch=8, tokens=12, dim=8, vocab=32)
-    expected = value_and_gradients(linear_cross_entropy, arrays, pieces=3)
-    expected_nll = token_nll(*arrays[:3], pieces=3)
+    expected = value_and_gradients(whole, arrays)
+    logits = arrays[0] @ arrays[1]
+    expected_nll = optax.softmax_cross_entropy_with_integer_labels(logits, arrays[2])
     with jax.set_mesh(mesh):
         placed = place(mesh, *arrays)
         got = value_and_gradients(linear_cross_entropy, placed, pieces=3)
-        got_nll = jax.jit(partial(token_nll, pieces=3))(*placed[:3])
+        got_nll, likeliest = jax.jit(partial(token_scores, pieces=3))(*placed[:3])
+    np.testing.assert_array_equal(likeliest, logits.argmax(-1) == arrays[2])
     for a, b in zip((*got, got_nll), (*expected, expected_nll), strict=True):
         assert relative(a, b) < 2e-6
 

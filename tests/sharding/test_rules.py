@@ -12,12 +12,15 @@ from sharding import (
     activation_sharding,
     activation_spec,
     constrain,
+    for_use,
+    hlo,
     make_mesh,
     mesh_axes,
     parameter_sharding,
     use_rules,
     ways,
 )
+from sharding.hlo import axes_of as axes_in
 from sharding.rules import spec
 
 EVERY = jax.sharding.AbstractMesh((2, 2, 2, 2, 2), ("data", "fsdp", "expert", "tensor", "context"))
@@ -39,8 +42,18 @@ def test_in_serving_matrices_are_split_along_what_they_put_out():
     assert spec((64, 64), ("embed", "mlp"), SERVING.parameters, EVERY) == P("fsdp", ("tensor", "expert"))
 
 
+def test_matrices_that_put_out_embed_are_split_along_their_inputs_too():
+    """Or a device's columns would be few, and XLA for TPUs neither keeps nor scatters those well."""
+    table = TRAINING.parameters
+    assert spec((64, 64), ("mlp", "embed"), table, EVERY) == P(("tensor", "expert"), ("fsdp", "context"))
+    heads = ("q_heads", "head_dim", "embed")
+    assert spec((8, 16, 64), heads, table, EVERY) == P("tensor", "expert", ("fsdp", "context"))
+    assert spec((8, 3, 64), heads, table, EVERY) == P("tensor", None, ("fsdp", "expert", "context"))
+    assert parameter_sharding((8, 3), ("q_heads", "head_dim"), EVERY).spec == P("tensor", None)  # a bias
+
+
 def test_further_axes_join_only_where_they_divide():
-    assert spec((2, 64), ("embed", "mlp"), TRAINING.parameters, EVERY) == P("fsdp", "tensor")
+    assert spec((2, 64), ("embed", "vocab"), TRAINING.parameters, EVERY) == P("fsdp", "tensor")
     assert spec((12, 64), ("embed", "mlp"), TRAINING.parameters, EVERY) == P(("fsdp", "expert"), "tensor")
 
 
@@ -121,3 +134,37 @@ def test_only_one_axis_is_free_and_none_is_empty():
         MeshConfig(data=-1, fsdp=-1)
     with pytest.raises(ValueError, match="mesh.tensor must be at least 1, or -1"):
         MeshConfig(tensor=0)
+
+
+def moves(shape, axes, mesh: MeshConfig):
+    """What devices send each other to bring a parameter to its use, and its gradient home."""
+    devices = make_mesh(mesh)
+    w = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=parameter_sharding(shape, axes, devices))
+    x = jax.ShapeDtypeStruct((64, shape[0]), jnp.float32, sharding=activation_sharding(("batch", "embed"), devices))
+
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ for_use(w, jnp.bfloat16, *axes).astype(jnp.float32)))
+
+    with jax.set_mesh(devices):
+        text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
+    return {(c.kind, axes_in(c.groups, dict(devices.shape))) for c in hlo.costs(text).collectives}
+
+
+ONE_AFTER_ANOTHER = {("all-gather", ("fsdp",)), ("all-gather", ("expert",))}
+
+
+def test_parameters_are_gathered_and_gradients_summed_over_one_axis_after_another():
+    """Over all devices at once XLA for TPUs would do it by all-reduce, and send twice as much."""
+    found = moves((64, 32), ("embed", None), MeshConfig(data=1, fsdp=4, expert=2))
+    assert {move for move in found if move[0] == "all-gather"} == ONE_AFTER_ANOTHER
+    assert {axes for kind, axes in found if kind != "all-gather"} == {("fsdp",), ("expert",)}
+
+
+def test_with_heads_split_too_they_are_gathered_so():
+    found = moves((64, 32), ("embed", "mlp"), MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    assert {move for move in found if move[0] == "all-gather"} == ONE_AFTER_ANOTHER
+
+
+def test_with_replicas_they_are_gathered_at_once():
+    found = moves((64, 32), ("embed", None), MeshConfig(data=2, fsdp=2, expert=2))
+    assert {axes for kind, axes in found if kind == "all-gather"} == {("fsdp", "expert")}
