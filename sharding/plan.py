@@ -287,7 +287,8 @@ def _compiled(lowered: jax.stages.Lowered) -> tuple[str, float, float, bool]:
             results, accepted = float(memory.output_size_in_bytes - memory.alias_size_in_bytes), True
         except jax.errors.JaxRuntimeError as error:
             if not _TOO_LARGE.search(str(error)):
-                raise ValueError(f"the compiler refuses the step: {str(error).splitlines()[0]}") from error
+                said = " ".join(str(error).splitlines()[:2])  # the first may be a mere title
+                raise ValueError(f"the compiler refuses the step: {said[:500]}") from error
             results, accepted = 0.0, False
         used = max(float(_USED.search(text)[1]) for text in _written(folder, "memory-usage-report"))
         return max(_written(folder, "after_optimizations"), key=len), used, results, accepted

@@ -35,10 +35,11 @@ def megablox(x: Float[Array, "R I"]) -> Kernels:
     kernel = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     interpret = platform() == "cpu"
     tile = min(512, _rounded_up(x.shape[0], 16))
+    side = 1024 if x.dtype.itemsize <= 2 else 512
 
     def tiling(inner: int, outer: int) -> tuple[int, int, int]:
-        # Two buffers of each operand and result and a float32 sum: 10 MiB of the 16 that a kernel gets.
-        return tile, min(1024, _rounded_up(inner, 128)), min(1024, _rounded_up(outer, 128))
+        # Two buffers of each operand and result and a float32 sum: at most 10 MiB of the 16 that a kernel gets.
+        return tile, min(side, _rounded_up(inner, 128)), min(side, _rounded_up(outer, 128))
 
     def rows(x, w, sizes, transposed):
         sides = tiling(x.shape[1], w.shape[1] if transposed else w.shape[2])
