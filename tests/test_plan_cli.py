@@ -10,6 +10,7 @@ import pytest
 from configs import config_names, load_config
 from llama4_jax import mesh_search, plan
 from llama4_jax.cli import main
+from llama4_jax.collective_count import count
 from llama4_jax.infer import generate
 from llama4_jax.mesh_search import Work, estimate, meshes, misfits, nearest, ranked
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
@@ -51,6 +52,40 @@ def test_a_train_step_is_compiled_and_told(capsys, tmp_path):
     assert ("all-gather", ("fsdp",)) in kinds  # of the experts' weights, which stay split over `expert`
     assert ("ragged-all-to-all", ("expert",)) in kinds  # of the tokens
     assert figures["seconds"] == max(figures[f"{name}_seconds"] for name in ("compute", "memory", "network"))
+
+
+@needs_libtpu
+def test_a_train_step_sends_what_a_hand_count_says_and_nothing_else(capsys, tmp_path):
+    """Dense and routed layers by turns, over all chips of a pod, with widths that fill tiles as Maverick's do."""
+    file = tmp_path / "plan.json"
+    model = {"num-layers": 8, "embed-dim": 1024, "num-heads": 8, "num-kv-heads": 2, "head-dim": 128, "mlp-dim": 2048,
+             "expert-mlp-dim": 2048, "num-experts": 16, "moe-interval": 2, "vocab-size": 16384}  # fmt: skip
+    sizes = [word for name, size in model.items() for word in (f"--model.{name}", str(size))]
+    mesh = ["--topology", "v5p:2x2x4", "--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.expert", "4"]
+    how = ["--batch", "16", "--context", "1024", "--remat", "full", "--precision.compute", "bfloat16"]
+    code, out, _ = run(capsys, "tiny", *mesh, *sizes, *how, "--json", str(file))
+    assert code == 0 and "GB by hand" in out
+    sent = json.loads(file.read_text())["sent"]
+    every = sum(s["bytes"] for s in sent)
+    wrong = {(s["kind"], *s["axes"]): (s["bytes"], s["by_hand"]) for s in sent
+             if abs(s["bytes"] - s["by_hand"]) > 2e-3 * every}  # fmt: skip
+    assert not wrong
+
+
+def test_by_hand_every_kernel_is_gathered_for_each_pass_and_its_gradient_is_scattered_once():
+    config, mesh = load_config("scout_pretrain"), MeshConfig(data=1, fsdp=8)
+    model = dataclasses.replace(preset("dense_8b"), num_layers=3)
+    config = dataclasses.replace(config, model=model, remat="full", grad_accumulation=2)
+    sent = {}
+    for kind, axes, times, size in count(config, 16, 4096, mesh, on_tpu=False):
+        sent[kind, axes] = sent.get((kind, axes), 0) + times * size
+    table = model.vocab_size * model.embed_dim
+    layers = count_parameters(model).total - 2 * table - 7 * model.embed_dim
+    ids = 2 * 8 * 4096 * 4
+    assert sent["all-gather", ("fsdp",)] == 2 * (2 * layers * 2 + table * 2) + ids
+    assert sent["reduce-scatter", ("fsdp",)] == 2 * (layers + table) * 4
+    assert sent["all-reduce", ("fsdp",)] == 2 * 7 * model.embed_dim * 2
+    assert sent["all-to-all", ("fsdp",)] == 2 * 2 * 4096 * model.embed_dim * 2
 
 
 @needs_libtpu
