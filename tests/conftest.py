@@ -7,6 +7,9 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get
 
 import jax
 import pytest
+from buckets import Bucket
+from etils import epath
+from etils.epath import backend
 
 # On another platform some tests say more: JAX_PLATFORMS=cuda pytest tests/ops/test_gpu_kernels.py
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
@@ -21,3 +24,13 @@ def programs_do_not_pile_up():
     """Those of a file are of no use to the next, and those of all files take gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A folder of an empty one."""
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+    google = Bucket()
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: google)
+    return epath.Path("gs://bucket/folder")

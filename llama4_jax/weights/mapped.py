@@ -38,18 +38,23 @@ class FileTensor:
             return _fetched(self)
         if self.strides is None:
             return np.memmap(self.path, self.dtype, mode, self.offset, self.shape)
-        extent = self.dtype.itemsize + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
-        flat = np.memmap(self.path, np.uint8, mode, self.offset, (extent,))
+        flat = np.memmap(self.path, np.uint8, mode, self.offset, (self.extent,))
         return np.ndarray(self.shape, self.dtype, flat, 0, self.strides)
+
+    @property
+    def extent(self) -> int:
+        """Bytes from its first to its last."""
+        if self.strides is None:
+            return self.dtype.itemsize * math.prod(self.shape)
+        return self.dtype.itemsize + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
 
 
 @functools.lru_cache(maxsize=1)
 def _fetched(tensor: FileTensor) -> np.ndarray:
-    """Row-major ones, as safetensors has them."""
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
-        content = file.read(tensor.dtype.itemsize * math.prod(tensor.shape))
-    return np.frombuffer(content, tensor.dtype).reshape(tensor.shape)
+        content = file.read(tensor.extent)
+    return np.ndarray(tensor.shape, tensor.dtype, content, 0, tensor.strides)
 
 
 def write_through(to: np.memmap, values: np.ndarray) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from llama4_jax.atomic import AnyPath, any_path
 from llama4_jax.weights.mapped import FileTensor, Shape, reserve
 from llama4_jax.weights.safetensors import read_json
 
@@ -34,8 +36,8 @@ class MetaCheckpoint:
     tensors. Each names the file.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: epath.PathLike):
+        self.path = any_path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"no such directory: {self.path}")
         self.params: dict = read_json(self.path / PARAMS, "a Meta checkpoint has one")
@@ -60,12 +62,14 @@ class MetaCheckpoint:
         return None, []
 
 
-def read_pth(path: Path) -> dict[str, FileTensor]:
+def read_pth(path: AnyPath) -> dict[str, FileTensor]:
     """Where each tensor of a .pth file is in it. Raises ValueError if the file is damaged, or holds something else."""
     torch = _torch()
     try:
-        with _fake_tensors(), torch.serialization.safe_globals([io.BytesIO]):  # serialized states among the weights
-            content = torch.load(path, weights_only=True)
+        # Serialized states may be among the weights.
+        with path.open("rb") as file, _fake_tensors(), torch.serialization.safe_globals([io.BytesIO]):
+            content = torch.load(file, weights_only=True)
+            size = file.seek(0, io.SEEK_END)
     except Exception as error:  # a damaged file may show as anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
@@ -73,7 +77,7 @@ def read_pth(path: Path) -> dict[str, FileTensor]:
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors.")
-    tensors, size = {}, path.stat().st_size
+    tensors = {}
     for name, value in content.items():
         if isinstance(value, io.BytesIO):
             continue

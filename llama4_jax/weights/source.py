@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from llama4_jax.atomic import AnyPath, any_path, in_bucket
+from llama4_jax.atomic import AnyPath, any_path
 from llama4_jax.config import SavedModel, model_from_json
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.weights import hf_config, meta_config, table
@@ -213,10 +213,6 @@ def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weigh
         config, provenance = hf_config.model_config(checkpoint.config), hf_config.provenance(checkpoint.config)
         ranks: tuple[Tensors, ...] = (HFTensors(checkpoint.tensors),)
     else:
-        if in_bucket(path):
-            raise ValueError(
-                f"{path} holds Meta's .pth files, which torch maps from a disk: copy the directory, or convert it once."
-            )
         files = MetaCheckpoint(path)
         config, provenance = meta_config.model_config(files.params), meta_config.provenance(files.params)
         ranks = tuple(MetaTensors(files, rank) for rank in range(len(files.ranks)))

@@ -6,58 +6,17 @@ checkpoint.
 
 import json
 
-import jax
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from buckets import Bucket, write
 from etils import epath
-from etils.epath import backend
-from flax import nnx
-from fsspec.implementations.memory import MemoryFileSystem
-from micro_run import picture_directory
 
 from llama4_jax.atomic import write_atomically
 from llama4_jax.data.sources import open_source
 from llama4_jax.inputs.tokenizer import ByteTokenizer, load_tokenizer
 from llama4_jax.train.loop import copy_files
 from llama4_jax.train.metrics import Log
-from llama4_jax.weights.load import from_pretrained
-from llama4_jax.weights.source import open_weights
-
-
-class Bucket(MemoryFileSystem):
-    """Names begin with that of the bucket, not with a slash; nothing can be appended."""
-
-    protocol = ("gcs", "gs")
-    store, pseudo_dirs = {}, [""]  # not those of all memory
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-    def glob(self, path, **kwargs):
-        return [name.lstrip("/") for name in super().glob(path, **kwargs)]
-
-    def _open(self, path, mode="rb", **kwargs):
-        assert "a" not in mode, "an object cannot be appended to"
-        return super()._open(path, mode=mode, **kwargs)
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """A folder of an empty one."""
-    monkeypatch.setattr(Bucket, "store", {})
-    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
-    google = Bucket()
-    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: google)
-    return epath.Path("gs://bucket/folder")
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
 
 LINES = "".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(9)).encode()
 
@@ -138,47 +97,3 @@ class NoBoard:
 
     def close(self):
         pass
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """A small model as `transformers` writes it."""
-    return picture_directory(tmp_path_factory.mktemp("published"))
-
-
-def uploaded(directory, bucket):
-    for file in directory.iterdir():
-        if file.is_file():
-            write(bucket / file.name, file.read_bytes())
-    return bucket
-
-
-def test_weights_of_hugging_faces_format_are_read_from_a_bucket(published, bucket):
-    here, there = open_weights(published), open_weights(str(uploaded(published, bucket)))
-    assert here.names == there.names and here.config == there.config
-    for name in here.names:
-        np.testing.assert_array_equal(there.read(name), here.read(name))
-    part = (slice(0, 1), slice(1, 2), slice(3, 9), slice(0, 4))
-    name = "layers.0.moe.gate_up"
-    np.testing.assert_array_equal(there.read(name, part), here.read(name, part))
-
-
-def test_from_pretrained_reads_a_bucket(published, bucket):
-    model = from_pretrained(uploaded(published, bucket), dtype="float32")
-    expected = from_pretrained(published, dtype="float32")
-    for mine, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, expected)), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-
-
-def test_a_file_cut_short_in_a_bucket_is_named(published, bucket):
-    uploaded(published, bucket)
-    file = bucket / "model.safetensors"
-    write(file, file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="gs://bucket/folder/model.safetensors is truncated"):
-        open_weights(bucket)
-
-
-def test_metas_files_in_a_bucket_are_refused_with_what_to_do(bucket):
-    write(bucket / "params.json", b"{}")
-    with pytest.raises(ValueError, match="torch maps from a disk: copy the directory, or convert it once"):
-        open_weights(bucket)
