@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", nargs="*", default=[], help="a model, a step, a topology, int4 …, or several")
     only = set(parser.parse_args(arguments).only)
     print("| model | step | rows x tokens | chips | mesh | GiB a chip | executed / model FLOPs | read / needed | binds "
-          "| est. step | est. MFU, all to no overlap |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+          "| sent / by hand | est. step | est. MFU, all to no overlap |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for line in LINES:
         name = line.model.removesuffix("_pretrain")
         if {line.model, name, line.step, line.topology, line.weights, line.cache} >= only:
@@ -70,6 +70,8 @@ def row(line: Line, name: str) -> str:
     worst = plan.model_flops / plan.peak / plan.seconds_without_overlap
     read = f"{plan.traffic / plan.model_traffic:.2f}" if plan.model_traffic else "–"
     executed = f"{plan.flops / plan.model_flops:.2f}"
+    by_hand = sum(sent.by_hand or 0.0 for sent in plan.sent)
+    sent = f"{sum(sent.bytes for sent in plan.sent) / by_hand:.3f}" if by_hand else "–"
     if not where.chip.torus:
         executed, read = "formulas", "formulas"
     utilization = "–" if line.step == "decode" else f"{plan.utilization:.0%} to {worst:.0%}"
@@ -77,7 +79,7 @@ def row(line: Line, name: str) -> str:
     bits += f", cache {line.cache}" if line.cache else ""
     return (f"| {name}{bits} | {line.step} | {line.rows} x {line.context} | {line.topology} | {axes} "
             f"| {plan.bytes / 2**30:.1f} of {plan.memory / 2**30:.0f}{'' if plan.fits else ' (does not fit)'} "
-            f"| {executed} | {read} | {plan.binds} | {_time(plan.seconds)} | {utilization} |")  # fmt: skip
+            f"| {executed} | {read} | {plan.binds} | {sent} | {_time(plan.seconds)} | {utilization} |")  # fmt: skip
 
 
 def _time(seconds: float) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from llama4_jax.collective_count import BYTES, Counted, count
+from llama4_jax.collective_count import BYTES, IN_8_BITS, Counted, count
 from llama4_jax.config import RunConfig
 from llama4_jax.model.config import LayerSpec, ModelConfig
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
@@ -195,7 +195,7 @@ def _compute_seconds(work: Work, chip: Chip) -> float:
 
 def in_fp8(work: Work) -> bool:
     """Whether linear layers multiply numbers of 8 bits ("fp8_block" only imitates them)."""
-    return work.step == "train" and work.config.precision.matmul in ("fp8", "fp8_row", "fp8_e5m2")
+    return work.step == "train" and work.config.precision.matmul in IN_8_BITS
 
 
 def precision_notes(work: Work, chip: Chip) -> tuple[str, ...]:
