@@ -23,7 +23,7 @@ from sharding.chips import Chip, Topology
 from sharding.plan import Plan, Sent
 
 PIECE = 512  # tokens of a prompt that are read at once, as `infer.generate` does
-SCALEBYTES, SCALEBYTES_OF_A_GROUP = 4, 2  # float32, bfloat16: see `ops.quantization`
+SCALE_BYTES, SCALE_BYTES_OF_A_GROUP = 4, 2  # float32, bfloat16: see `ops.quantization`
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Work:
         """Of a number in the cache, with its part of a scale."""
         if self.cache is None:
             return float(BYTES[self.config.precision.compute])
-        return 1 + SCALEBYTES / self.config.model.head_dim
+        return 1 + SCALE_BYTES / self.config.model.head_dim
 
 
 def matrix_bytes(work: Work) -> float:
     """Of a number in a served model's matrices, with its part of a scale that a group has."""
     if work.weights is None:
         return float(BYTES[work.config.precision.params])
-    return bits(work.weights) / 8 + (SCALEBYTES_OF_A_GROUP / work.weights.group if work.weights.group else 0.0)
+    return bits(work.weights) / 8 + (SCALE_BYTES_OF_A_GROUP / work.weights.group if work.weights.group else 0.0)
 
 
 def bits(scheme: Scheme) -> int:
@@ -273,7 +273,7 @@ def _weights(work: Work, mesh: MeshConfig) -> dict[str, float]:
         ways = shared * (1 if matrix.of_attention else mesh.expert)
         groups = num_groups((matrix.inputs,), work.weights, what=matrix.name)
         values += matrix.inputs * matrix.outputs * bits(work.weights) / 8 / ways
-        each = SCALEBYTES if work.weights.group is None else SCALEBYTES_OF_A_GROUP
+        each = SCALE_BYTES if work.weights.group is None else SCALE_BYTES_OF_A_GROUP
         scales += groups * matrix.outputs * each / ways
     kept = (total - sum(m.inputs * m.outputs for m in matrices)) * size / (shared * mesh.expert)
     return quantized_parts(work.weights, values, scales, kept)
