@@ -14,6 +14,7 @@ Left out are numbers of a few kilobytes: of rows for each expert, of the loss, o
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -53,8 +54,10 @@ def count(config: RunConfig, rows: int, context: int, mesh: MeshConfig, *, on_tp
 def _of_parameters(config: RunConfig, mesh: MeshConfig, passes: int, on_tpu: bool) -> Iterator[Counted]:
     model, compute = config.model, BYTES[config.precision.compute]
     read = 1 if config.precision.matmul in IN_8_BITS else compute
-    for kernel in _kernels(model, mesh, on_tpu):
-        yield from _moved(kernel, mesh, passes, read)
+    for moe, layers in Counter(spec.moe for spec in model.layers).items():
+        for kernel in _kernels(model, moe, mesh, on_tpu):
+            for counted in _moved(kernel, mesh, passes, read):
+                yield counted._replace(times=counted.times * layers)
     yield from _moved(_head(model, mesh, on_tpu), mesh, 1, compute)
     if mesh.data > 1:
         held = count_parameters(model).total / (mesh.tensor * mesh.fsdp * mesh.expert * mesh.context)
@@ -99,23 +102,22 @@ class _Kernel(NamedTuple):
     in_float32: bool = False
 
 
-def _kernels(model: ModelConfig, mesh: MeshConfig, on_tpu: bool) -> Iterator[_Kernel]:
-    """Of the layers."""
+def _kernels(model: ModelConfig, moe: bool, mesh: MeshConfig, on_tpu: bool) -> Iterator[_Kernel]:
+    """Of a layer."""
     dim, heads, kv_heads = model.embed_dim, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     into, out_of = ("fsdp", "expert", "context"), ("expert", "fsdp", "context")
     by_head = model.head_dim % mesh.expert == 0
     # XLA for TPUs sums everywhere what replicas add up and two dimensions split.
     one_by_one = mesh.data == 1 or not on_tpu
-    for spec in model.layers:
-        yield _Kernel(dim * (heads + 2 * kv_heads) / mesh.tensor, into)
-        narrow = on_tpu and not (by_head and model.head_dim // mesh.expert >= _LEAST_ROWS)
-        yield _Kernel(heads * dim / mesh.tensor, out_of if by_head else into, scatters=one_by_one and not narrow)
-        width = model.expert_mlp_dim if spec.moe else model.mlp_dim
-        yield _Kernel(dim * 2 * width / mesh.tensor, into)
-        yield _Kernel(width * dim / mesh.tensor, out_of, scatters=one_by_one)
-        if spec.moe:
-            yield _Kernel(dim * model.num_experts, into, in_float32=True)
-            yield _Kernel(model.num_experts / mesh.expert * 3 * dim * width / mesh.tensor, ("fsdp", "context"))
+    yield _Kernel(dim * (heads + 2 * kv_heads) / mesh.tensor, into)
+    narrow = on_tpu and not (by_head and model.head_dim // mesh.expert >= _LEAST_ROWS)
+    yield _Kernel(heads * dim / mesh.tensor, out_of if by_head else into, scatters=one_by_one and not narrow)
+    width = model.expert_mlp_dim if moe else model.mlp_dim
+    yield _Kernel(dim * 2 * width / mesh.tensor, into)
+    yield _Kernel(width * dim / mesh.tensor, out_of, scatters=one_by_one)
+    if moe:
+        yield _Kernel(dim * model.num_experts, into, in_float32=True)
+        yield _Kernel(model.num_experts / mesh.expert * 3 * dim * width / mesh.tensor, ("fsdp", "context"))
 
 
 def _head(model: ModelConfig, mesh: MeshConfig, on_tpu: bool) -> _Kernel:

@@ -3,7 +3,7 @@
 import os
 
 # Tests compile hundreds of tiny programs once: most of their time is the compiler, which this halves.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest
