@@ -225,7 +225,7 @@ def make_plan(
     network = Network(topology, mesh)
     sent = network.summary(costs.collectives)
     if by_hand is not None:
-        sent = beside(sent, by_hand, mesh)
+        sent = _beside(sent, by_hand, mesh)
     assumptions = [f"{line} ({count}x)" if count > 1 else line for line, count in costs.assumptions.items()]
     return Plan(
         **common,
@@ -240,7 +240,7 @@ def make_plan(
     )
 
 
-def beside(
+def _beside(
     sent: Sequence[Sent], by_hand: Mapping[tuple[str, tuple[str, ...]], float], mesh: jax.sharding.Mesh
 ) -> tuple[Sent, ...]:
     """With the bytes predicted of each; what is predicted but not sent comes last."""

@@ -41,7 +41,9 @@ TRAINING = Rules(
         "vocab": ("tensor",),
         "q_heads": ("tensor",),
         "kv_heads": ("tensor",),
-        "head_dim": ("expert",),
+        "head_dim": (
+            "expert",
+        ),  # this and `mlp`, for kernels that put out `embed`: of that a device would have too few
         "gate_up": (),  # the two halves of a SwiGLU
         "mlp": ("tensor", "expert"),
         "experts": ("expert",),

@@ -385,3 +385,44 @@ def test_a_kernel_that_updates_an_operand_moves_what_it_says_and_another_all_tha
 def test_what_is_no_compiled_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.costs("HloModule nothing\n")
+
+
+COMBINED = """HloModule combined, is_scheduled=true, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter (a: f32[64,128], b: f32[16,128]) -> (f32[8,128], f32[KEPT,128]) {
+  %a = f32[64,128] parameter(0)
+  %b = f32[16,128] parameter(1)
+  %ar = (f32[64,128], f32[16,128]) all-reduce(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %zero = s32[] constant(0)
+  %whole_a = f32[64,128] get-tuple-element(%ar), index=0
+  %part_a = f32[8,128] dynamic-slice(%whole_a, %zero, %zero), dynamic_slice_sizes={8,128}
+  %whole_b = f32[16,128] get-tuple-element(%ar), index=1
+  PART
+  ROOT %parts = (f32[8,128], f32[KEPT,128]) tuple(%part_a, %part_b)
+}
+
+ENTRY %main (a: f32[64,128], b: f32[16,128]) -> (f32[8,128], f32[KEPT,128]) {
+  %a = f32[64,128] parameter(0)
+  %b = f32[16,128] parameter(1)
+  ROOT %rs = (f32[8,128], f32[KEPT,128]) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "part", "kind"),
+    [
+        ("2", "dynamic-slice(%whole_b, %zero, %zero), dynamic_slice_sizes={2,128}", "reduce-scatter"),
+        ("16", "negate(%whole_b)", "all-reduce"),
+    ],
+)
+def test_several_sums_in_one_of_which_parts_are_kept_are_a_reduce_scatter(kept, part, kind):
+    text = COMBINED.replace("PART", f"%part_b = f32[{kept},128] {part}").replace("KEPT", kept)
+    (found,) = hlo.costs(text).collectives
+    assert (found.kind, found.bytes, found.groups.shape) == (kind, (64 + 16) * 128 * 4, (1, 8))
