@@ -9,7 +9,8 @@
 
 The model is a run of train.py, what `llama4 convert` or `llama4 quantize` made, or a directory of Hugging Face's or
 Meta's with a tokenizer in it. Results go to stdout, all else to stderr. When the arguments or files do not serve, one
-line says why, and the exit code is 2.
+line says why, and the exit code is 2. Where the package is installed without this file, `llama4 generate`, `chat`,
+`batch` and `score` are the same commands.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sharding import MeshConfig
+from llama4_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,21 +103,21 @@ class Score(Model):
     json: bool = False  # write JSON
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = "infer.py") -> int:
     commands = {"generate": Generate, "chat": Chat, "batch": Batch, "score": Score}
-    command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="infer.py", description=__doc__)
+    command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, description=__doc__)
     try:
         match command:
             case Generate():
                 generate(command)
             case Chat():
-                chat(command)
+                chat(command, prog)
             case Batch():
                 return batch(command)
             case Score():
                 score(command)
     except (ValueError, OSError) as error:
-        print(f"infer.py: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -137,7 +138,7 @@ def load(options: Model):
     from absl import logging
 
     from llama4_jax import from_pretrained
-    from sharding import make_mesh
+    from llama4_jax.sharding import make_mesh
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is opened to be read is read-only
     # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.
@@ -266,7 +267,7 @@ CHAT_HELP = """\
 Ctrl-C          stops a reply"""
 
 
-def chat(options: Chat) -> None:
+def chat(options: Chat, prog: str) -> None:
     from llama4_jax.infer import chat as infer_chat
     from llama4_jax.inputs.messages import Picture
 
@@ -325,7 +326,7 @@ def chat(options: Chat) -> None:
                             reply = conversation.answer(results, on_event=show)
                             end_reply(reply)
             except (ValueError, OSError) as error:
-                print(f"infer.py: {error}", file=sys.stderr)
+                print(f"{prog}: {error}", file=sys.stderr)
             except KeyboardInterrupt:  # before the first word of a reply was asked for
                 print("[stopped]", file=sys.stderr)
 

@@ -6,17 +6,17 @@
 
 The same command resumes a run that was stopped, in whatever way. Flags that make it another run give it another name,
 such as runs/tiny,optimizer.peak_lr=0.001, unless --name does. On several hosts it is the same command on each
-(docs/clusters.md).
+(docs/clusters.md). Where the package is installed without this file, `llama4 train` is the same command.
 """
 
 import dataclasses
 import sys
 import traceback
 
-from configs import config_names, load_config
+from llama4_jax.configs import config_names, load_config
 
 
-def read_config(arguments: list[str]):
+def read_config(arguments: list[str], prog: str):
     """The config that the command line names, with its flags. Raises ValueError, and SystemExit for wrong flags."""
     base = load_config(arguments[0])
     import tyro
@@ -25,7 +25,7 @@ def read_config(arguments: list[str]):
 
     config = tyro.cli(
         RunConfig,
-        prog=f"train.py {arguments[0]}",
+        prog=f"{prog} {arguments[0]}",
         args=arguments[1:],
         default=base,
         config=(tyro.conf.AvoidSubcommands,),
@@ -35,12 +35,12 @@ def read_config(arguments: list[str]):
     return config
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], prog: str = "train.py") -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__, "\nConfigs:", ", ".join(config_names()))
         return 0 if arguments else 2
     if {"-h", "--help"} & set(arguments):
-        read_config(arguments)
+        read_config(arguments, prog)
     import jax
 
     from llama4_jax.train import hosts
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     try:
         hosts.connect()
         with hosts.together("reading the config"):
-            config = read_config(arguments)
+            config = read_config(arguments, prog)
         # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.
         jax.config.update("jax_num_cpu_devices", max(1, config.mesh.named_size // hosts.count()))
         from llama4_jax.train.loop import NotFinite, train
@@ -56,10 +56,10 @@ def main(arguments: list[str]) -> int:
         try:
             train(config)
         except NotFinite as error:  # on every host
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"{prog}: {error}", file=sys.stderr)
             return 1
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         if not isinstance(error, hosts.OnEveryHost):
             hosts.leave(str(error), 2)
         return 2

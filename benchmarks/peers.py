@@ -139,10 +139,10 @@ class OurTraining:
         from llama4_jax.config import RunConfig
         from llama4_jax.data.batch import Batch
         from llama4_jax.data.config import DataConfig
+        from llama4_jax.sharding import MeshConfig, make_mesh
         from llama4_jax.train.next_token import next_token
         from llama4_jax.train.optimizer import OptimizerConfig, make_optimizer
         from llama4_jax.train.step import first_state, make_trainer
-        from sharding import MeshConfig, make_mesh
 
         config = RunConfig(
             name="peers",

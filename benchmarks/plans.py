@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from llama4_jax.plan import plan_step, work_of
 from llama4_jax.plan_options import PlanOptions
-from sharding import MeshConfig
-from sharding.chips import topology
+from llama4_jax.sharding import MeshConfig
+from llama4_jax.sharding.chips import topology
 
 
 class Line(NamedTuple):

@@ -13,9 +13,9 @@ from llama4_jax.config import RunConfig
 from llama4_jax.data.config import DataConfig
 from llama4_jax.model.config import Precision
 from llama4_jax.model.presets import preset
+from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.optimizer import OptimizerConfig
-from sharding import MeshConfig
 
 
 def config() -> RunConfig:

@@ -1,5 +1,7 @@
-"""Weights on disk: look at them, convert them, and hold them against the reference. And plan a run.
+"""Train and use a model; look at weights on disk, convert them, and hold them against the reference; plan a run.
 
+    llama4 train    tiny                                        # as train.py: a config, and its fields as flags
+    llama4 generate runs/tiny  --prompt "def "                  # as infer.py; so are chat, batch and score
     llama4 inspect  path                                        # format, config and where it comes from, every tensor
     llama4 convert  path/to/hf_or_meta_dir  runs/scout          # → Orbax; --dtype bfloat16, --verify
     llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
@@ -12,6 +14,7 @@ fit), 2 (the arguments or files do not serve; one line says why).
 """
 
 import dataclasses
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Literal
@@ -72,6 +75,17 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {"inspect": Inspect, "convert": Convert, "export": Export, "quantize": Quantize, "parity": ParityOptions,
                 "plan": PlanOptions}  # fmt: skip
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        from llama4_jax.train_cli import main as train
+
+        return train(arguments[1:], prog="llama4 train")
+    if arguments[:1] and arguments[0] in ("generate", "chat", "batch", "score"):
+        from llama4_jax.infer_cli import main as infer
+
+        return infer(arguments, prog="llama4")
+    if arguments[:1] == ["--version"]:
+        print("llama4-jax", importlib.metadata.version("llama4-jax"))
+        return 0
     try:
         if arguments[:1] == ["plan"] and "--help" not in arguments and "-h" not in arguments:
             from llama4_jax.plan import main as plan  # its further flags are those of a config

@@ -23,7 +23,7 @@ from llama4_jax.model.config import ModelConfig
 from llama4_jax.model.flops import count_parameters
 from llama4_jax.ops.cross_entropy import added_columns
 from llama4_jax.ops.exchange import ROOM
-from sharding import MeshConfig
+from llama4_jax.sharding import MeshConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 IN_8_BITS = ("fp8", "fp8_row", "fp8_e5m2")  # of `dot_general.DOT_GENERALS`: kernels are rounded before they travel

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from llama4_jax.data.config import DataConfig
 from llama4_jax.model.config import ModelConfig, Precision
+from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.freeze import FreezeConfig
 from llama4_jax.train.optimizer import OptimizerConfig
-from sharding import MeshConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from llama4_jax.model.config import LayerSpec, ModelConfig
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
 from llama4_jax.ops.quantization import Scheme, num_groups
 from llama4_jax.plan_options import StepKind
-from sharding import MeshConfig
-from sharding.chips import Chip, Topology
-from sharding.plan import Plan, Sent
+from llama4_jax.sharding import MeshConfig
+from llama4_jax.sharding.chips import Chip, Topology
+from llama4_jax.sharding.plan import Plan, Sent
 
 PIECE = 512  # tokens of a prompt that are read at once, as `infer.generate` does
 SCALE_BYTES, SCALE_BYTES_OF_A_GROUP = 4, 2  # float32, bfloat16: see `ops.quantization`

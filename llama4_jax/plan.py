@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
-from configs import config_names, load_config
 from llama4_jax.collective_count import count
 from llama4_jax.config import RunConfig
+from llama4_jax.configs import config_names, load_config
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
 from llama4_jax.infer import generate
@@ -43,12 +43,12 @@ from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
 from llama4_jax.ops.row_blocks import heights_for
 from llama4_jax.ops.splash_attention import BLOCK_K
 from llama4_jax.plan_options import PlanOptions
+from llama4_jax.sharding import SERVING, MeshConfig, activation_spec, make_mesh, parameter_sharding, use_rules
+from llama4_jax.sharding.chips import Topology, topology
+from llama4_jax.sharding.hlo import Array
+from llama4_jax.sharding.plan import Plan, device_bytes, make_plan, topology_devices
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.step import batch_shardings, make_model, make_trainer
-from sharding import SERVING, MeshConfig, activation_spec, make_mesh, parameter_sharding, use_rules
-from sharding.chips import Topology, topology
-from sharding.hlo import Array
-from sharding.plan import Plan, device_bytes, make_plan, topology_devices
 
 _COMPILED_IN_A_SEARCH = 4
 _ROWS, _CONTEXT = 64, 8192  # of a model without a config

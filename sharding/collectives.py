@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.mesh import platform
+from llama4_jax.sharding.mesh import platform
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

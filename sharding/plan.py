@@ -29,8 +29,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sharding import hlo
-from sharding.chips import EXAMPLES, GIB, Chip, Topology
+from llama4_jax.sharding import hlo
+from llama4_jax.sharding.chips import EXAMPLES, GIB, Chip, Topology
 
 # So that libtpu neither looks for a TPU nor minds another process that has loaded it.
 QUIET = {

@@ -19,7 +19,7 @@ from functools import partial
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from sharding.collectives import in_groups
+from llama4_jax.sharding.collectives import in_groups
 
 Axes = tuple[str | None, ...]
 Table = Mapping[str, tuple[str, ...]]

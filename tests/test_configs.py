@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from configs import CONFIGS, load_config
+from llama4_jax.configs import CONFIGS, load_config
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.step import make_trainer
 

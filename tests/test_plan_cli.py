@@ -7,17 +7,17 @@ import re
 
 import pytest
 
-from configs import config_names, load_config
 from llama4_jax import mesh_search, plan
 from llama4_jax.cli import main
 from llama4_jax.collective_count import count
+from llama4_jax.configs import config_names, load_config
 from llama4_jax.infer import generate
 from llama4_jax.mesh_search import Work, estimate, meshes, misfits, nearest, ranked
 from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
 from llama4_jax.model.presets import preset
-from sharding import MeshConfig
-from sharding.chips import topology
-from sharding.hlo import Array
+from llama4_jax.sharding import MeshConfig
+from llama4_jax.sharding.chips import topology
+from llama4_jax.sharding.hlo import Array
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install libtpu"

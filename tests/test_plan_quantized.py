@@ -18,8 +18,8 @@ from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import preset
 from llama4_jax.model.quantized import quantized
 from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
-from sharding import MeshConfig
-from sharding.chips import topology
+from llama4_jax.sharding import MeshConfig
+from llama4_jax.sharding.chips import topology
 
 ONE = MeshConfig(data=1)
 

@@ -7,8 +7,8 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from sharding import MeshConfig, make_mesh
-from sharding.plan import QUIET
+from llama4_jax.sharding import MeshConfig, make_mesh
+from llama4_jax.sharding.plan import QUIET
 
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 

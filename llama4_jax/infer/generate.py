@@ -27,7 +27,7 @@ from llama4_jax.infer.sampling import Sampling, make_sampling, row_keys, sample
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.model.llama4 import Images, Llama4
-from sharding import SERVING, constrain, use_rules
+from llama4_jax.sharding import SERVING, constrain, use_rules
 
 _PIECE = 512  # tokens of each prompt read at once: bounds the memory of a long prompt
 _TILES = 8  # encoded at once: as many tokens of the encoder as a piece of a prompt has, and more

@@ -17,7 +17,7 @@ from llama4_jax.model.query_scale import ScalableSoftmax, num_visible, scale_que
 from llama4_jax.model.rope import Rotation, rotate
 from llama4_jax.ops.mesh_attention import self_attention
 from llama4_jax.ops.order import ANY_ORDER, Order
-from sharding import constrain
+from llama4_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass

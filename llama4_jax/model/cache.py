@@ -26,7 +26,7 @@ from llama4_jax.ops.cache_write import write_slots
 from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.partial_attention import combine, normalize
 from llama4_jax.ops.quantization import Quantized, Scheme, quantize
-from sharding import activation_spec, axes_of, constrain
+from llama4_jax.sharding import activation_spec, axes_of, constrain
 
 
 class LayerCache(NamedTuple):

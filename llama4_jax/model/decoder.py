@@ -13,7 +13,7 @@ from llama4_jax.model.config import LayerSpec, ModelConfig, Precision
 from llama4_jax.model.layers import RMSNorm, SwiGLU
 from llama4_jax.model.moe import MoE, RouterStats
 from llama4_jax.model.stack import Stack
-from sharding import constrain
+from llama4_jax.sharding import constrain
 
 
 class DecoderLayer(nnx.Module):

@@ -12,7 +12,7 @@ from llama4_jax.ops.embedding import lookup
 from llama4_jax.ops.quantization import Quantized
 from llama4_jax.ops.quantized_matmul import quantized_linear
 from llama4_jax.ops.swiglu import swiglu
-from sharding import constrain
+from llama4_jax.sharding import constrain
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float, dtype) -> nnx.Param:

@@ -34,7 +34,7 @@ from llama4_jax.model.rope import frequencies, rotation
 from llama4_jax.model.vision import VisionEncoder, normalized
 from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.zigzag import can_zigzag, from_zigzag, to_zigzag
-from sharding import constrain
+from llama4_jax.sharding import constrain
 
 # Pixels (uint8), or numbers from -1 to 1; the tiles of each row's pictures in order, and then perhaps padding.
 Images = UInt8[Array, "B tiles S S c"] | Float[Array, "B tiles S S c"]

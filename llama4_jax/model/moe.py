@@ -17,7 +17,7 @@ from llama4_jax.model.layers import Linear, SwiGLU, normal_param
 from llama4_jax.ops.experts import DOWN_AXES, GATE_UP_AXES, ExpertWeights, experts
 from llama4_jax.ops.quantization import Quantized
 from llama4_jax.ops.quantized_experts import quantized_experts
-from sharding import constrain
+from llama4_jax.sharding import constrain
 
 
 class BalanceBias(nnx.Variable):

@@ -18,7 +18,7 @@ from llama4_jax.model.config import Precision, VisionConfig
 from llama4_jax.model.layers import LayerNorm, Linear, normal_param
 from llama4_jax.model.rope import Rotation, frequencies, rotate
 from llama4_jax.model.stack import Stack
-from sharding import constrain
+from llama4_jax.sharding import constrain
 
 
 def normalized(tiles: UInt8[Array, "..."] | Float[Array, "..."]) -> Float[Array, "..."]:

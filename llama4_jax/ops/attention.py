@@ -22,7 +22,7 @@ from llama4_jax.ops.partial_attention import PartialAttention, normalize
 from llama4_jax.ops.quantization import Quantized
 from llama4_jax.ops.splash_attention import obstacle as splash_obstacle
 from llama4_jax.ops.splash_attention import splash_attention
-from sharding import platform
+from llama4_jax.sharding import platform
 
 DECODE_QUERIES = 8  # at most: their scores are small beside the keys
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int, Shaped
 
-from sharding import platform
+from llama4_jax.sharding import platform
 
 
 def write_slots(

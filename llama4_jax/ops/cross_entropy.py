@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.on_mesh import on_mesh
-from sharding import activation_spec, axes_of, gathered, own_part, parameter_spec, platform
+from llama4_jax.sharding import activation_spec, axes_of, gathered, own_part, parameter_spec, platform
 
 # Default size of a piece, a device: with fewer tokens, adding to the head's gradient costs more than the products do;
 # with more, the logits only take more memory (128 MiB of float32 for 32 768 words and 1024 tokens).

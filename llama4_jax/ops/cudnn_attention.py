@@ -7,7 +7,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.order import Order
-from sharding import platform
+from llama4_jax.sharding import platform
 
 
 def obstacle(q, k, v, segments: Array | None, chunk: int | None, order: Order) -> str | None:

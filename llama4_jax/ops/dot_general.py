@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from llama4_jax.ops.dims import Dims
 from llama4_jax.ops.fp8 import Fp8DotGeneral, fp8_dot_general
-from sharding import for_use
+from llama4_jax.sharding import for_use
 
 
 def dot_general(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.on_mesh import on_mesh
-from sharding import activation_spec, all_parts, axes_of, parameter_spec
+from llama4_jax.sharding import activation_spec, all_parts, axes_of, parameter_spec
 
 AXES = ("vocab", "embed")
 

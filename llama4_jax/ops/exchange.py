@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.expert_feed_forward import ExpertWeights, FeedForward, dtypes_of
-from sharding import platform, ways
+from llama4_jax.sharding import platform, ways
 
 # A device has room for so many times its even share: what one round takes of experts that are almost balanced.
 ROOM = 1.25

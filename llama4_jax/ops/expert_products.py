@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.ops.fp8 import BLOCK, Fp8DotGeneral, Scaled, in_tiles, largest, rounded, scale_for
 from llama4_jax.ops.grouped_matmul import PRODUCTS
 from llama4_jax.ops.row_blocks import largest_of_groups
-from sharding import gathered, given_back
+from llama4_jax.sharding import gathered, given_back
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from llama4_jax.ops.expert_products import Split, make_product
 from llama4_jax.ops.fp8 import Fp8DotGeneral
 from llama4_jax.ops.grouped_matmul import KERNELS, choose
 from llama4_jax.ops.on_mesh import on_mesh
-from sharding import activation_spec, axes_of, parameter_spec, ways
+from llama4_jax.sharding import activation_spec, axes_of, parameter_spec, ways
 
 GATE_UP_AXES = ("experts", "gate_up", "embed", "mlp")
 DOWN_AXES = ("experts", "mlp", "embed")

@@ -35,7 +35,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from llama4_jax.ops.dims import Dims, Numbers
-from sharding import brought, given_home, where_used
+from llama4_jax.sharding import brought, given_home, where_used
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 BLOCK = 128

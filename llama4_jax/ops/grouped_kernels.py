@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sharding import platform
+from llama4_jax.sharding import platform
 
 
 class Kernels(NamedTuple):

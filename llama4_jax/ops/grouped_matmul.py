@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from llama4_jax.ops import grouped_kernels
 from llama4_jax.ops.row_blocks import Block, as_bits, fold_groups, from_bits, part_of, write_rows
-from sharding import platform
+from llama4_jax.sharding import platform
 
 
 def grouped_matmul(

@@ -18,7 +18,7 @@ from llama4_jax.ops.attention import attention
 from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.ring_attention import ring_attention
-from sharding import activation_spec, axes_of, ways
+from llama4_jax.sharding import activation_spec, axes_of, ways
 
 HALO_MULTIPLE = 128  # tokens; kernels of TPUs take no other lengths
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-from sharding import axes_of
+from llama4_jax.sharding import axes_of
 
 
 def on_mesh(f: Callable, in_specs, out_specs) -> Callable:

@@ -15,7 +15,7 @@ from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.quantization import Quantized, scale_axes
 from llama4_jax.ops.quantized_matmul import quantized_grouped_matmul
 from llama4_jax.ops.swiglu import swiglu
-from sharding import activation_spec, axes_of, gathered, parameter_spec
+from llama4_jax.sharding import activation_spec, axes_of, gathered, parameter_spec
 
 
 def quantized_experts(

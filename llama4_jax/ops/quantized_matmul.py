@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Int8, Shaped
 from llama4_jax.ops.dot_general import dot_general
 from llama4_jax.ops.quantization import Quantized, dequantize, scale_axes
 from llama4_jax.ops.row_blocks import as_bits, fold_groups, from_bits, part_of, write_rows
-from sharding import for_use, platform
+from llama4_jax.sharding import for_use, platform
 
 ACTIVATIONS = ("auto", "float", "int8")
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.order import Order
-from sharding import platform
+from llama4_jax.sharding import platform
 
 LANES = 128  # of a TPU's vector registers: blocks are so many tokens, or a multiple
 BLOCK_Q, BLOCK_K, BLOCK_K_COMPUTE = 512, 1024, 512

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Shaped
 
 from llama4_jax.ops.on_mesh import on_mesh
-from sharding import activation_spec, mesh_axes, ways
+from llama4_jax.sharding import activation_spec, mesh_axes, ways
 
 
 def can_zigzag(length: int) -> bool:

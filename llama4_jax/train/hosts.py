@@ -31,7 +31,7 @@ import jax
 from jax._src import clusters, distributed  # to ask, before joining; and the one way to the table
 
 import llama4_jax
-import sharding
+from llama4_jax import sharding
 from llama4_jax.config import RunConfig
 
 HEARTBEAT_SECONDS = 40  # without a sign of life from a process, after which JAX takes it for dead

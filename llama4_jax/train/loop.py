@@ -33,6 +33,7 @@ from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.flops import count_parameters, train_flops_per_tile, train_flops_per_token
 from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.processor import image_config
+from llama4_jax.sharding import make_mesh
 from llama4_jax.train import hosts
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
@@ -43,7 +44,6 @@ from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
 from llama4_jax.train.stop import Stop, stop_signals
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
 from llama4_jax.weights.load import initial_weights
-from sharding import make_mesh
 
 
 class NotFinite(RuntimeError):

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llama4_jax.atomic import in_bucket, write_atomically
+from llama4_jax.sharding.chips import of_kind
 from llama4_jax.train import hosts
 from llama4_jax.train.step import StepMetrics
-from sharding.chips import of_kind
 
 
 def peak_flops(num_devices: int) -> float | None:

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama4_jax.data.batch import Batch
+from llama4_jax.sharding import activation_sharding
 from llama4_jax.train.step import batch_shardings
-from sharding import activation_sharding
 
 
 class Rows:

@@ -15,11 +15,11 @@ from llama4_jax.config import RunConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.moe import BalanceBias
+from llama4_jax.sharding import activation_sharding, parameter_sharding
 from llama4_jax.train.balance import BalanceMetrics, balance_loss, balance_metrics, moved_bias
 from llama4_jax.train.freeze import changes, frozen_at, restored, without_gradient
 from llama4_jax.train.optimizer import make_optimizer
 from llama4_jax.train.stage import Loss, LossOutput
-from sharding import activation_sharding, parameter_sharding
 
 
 class TrainState(NamedTuple):

@@ -22,6 +22,7 @@ from llama4_jax.model.presets import PRESETS
 from llama4_jax.model.quantized import quantized
 from llama4_jax.ops.quantization import is_quantized_dtype
 from llama4_jax.ops.quantized_matmul import ACTIVATIONS
+from llama4_jax.sharding import SERVING, parameter_sharding
 from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.source import (
     RunWeights,
@@ -33,7 +34,6 @@ from llama4_jax.weights.source import (
     source_format,
 )
 from llama4_jax.weights.table import SCALE
-from sharding import SERVING, parameter_sharding
 
 
 def from_pretrained(

@@ -13,7 +13,7 @@ from oracles.cases import MAVERICK, SCOUT, Case, tokens
 import llama4_jax
 from llama4_jax.infer import generate as module
 from llama4_jax.infer.generate import generate
-from sharding import SERVING, MeshConfig, make_mesh, parameter_sharding
+from llama4_jax.sharding import SERVING, MeshConfig, make_mesh, parameter_sharding
 
 CASE = dataclasses.replace(SCOUT, layers=4, vocab=96)  # three chunked layers and a global one
 LENGTHS = (29, 1, 8)  # chunks are of 8 tokens

@@ -13,7 +13,7 @@ from flax import nnx
 from llama4_jax.model.cache import LayerCache, cached_attention, make_step
 from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.model.llama4 import Llama4
-from sharding import SERVING, TRAINING, MeshConfig, Rules, make_mesh, use_rules
+from llama4_jax.sharding import SERVING, TRAINING, MeshConfig, Rules, make_mesh, use_rules
 
 # A chunked layer and a global one. Rows of 32 tokens reach past chunks of 8 and several temperature buckets.
 SCOUT = ModelConfig(

@@ -16,8 +16,8 @@ from test_parity_gradients import assert_gradients_equal
 import llama4_jax
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.vision import normalized, patch_rotation, pixel_shuffle
+from llama4_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 from llama4_jax.weights.table import to_hf
-from sharding import MeshConfig, make_mesh, parameter_sharding
 
 FEATURES = 2e-6  # of the output's scale; 1.1e-6 was the largest seen
 MODULE = 1e-6

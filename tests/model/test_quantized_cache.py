@@ -15,7 +15,7 @@ from llama4_jax.ops import attention as attention_module
 from llama4_jax.ops.attention import attention, partial_attention
 from llama4_jax.ops.partial_attention import normalize
 from llama4_jax.ops.quantization import Quantized, Scheme, dequantize, quantize
-from sharding import SERVING, MeshConfig, make_mesh, use_rules
+from llama4_jax.sharding import SERVING, MeshConfig, make_mesh, use_rules
 
 CONFIG = ModelConfig(
     vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=32, expert_mlp_dim=16,

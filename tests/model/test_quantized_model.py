@@ -14,8 +14,8 @@ from llama4_jax.model.config import ModelConfig, Precision
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.quantized import is_of_decoder, matrices, quantized
 from llama4_jax.ops.quantization import Quantized, Scheme, dequantize
+from llama4_jax.sharding import SERVING, TRAINING, MeshConfig, make_mesh, parameter_sharding, use_rules
 from llama4_jax.weights.load import named_variables
-from sharding import SERVING, TRAINING, MeshConfig, make_mesh, parameter_sharding, use_rules
 
 CONFIG = ModelConfig(
     vocab_size=64, embed_dim=32, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8, mlp_dim=64, expert_mlp_dim=64,

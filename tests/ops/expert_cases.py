@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from llama4_jax.ops.experts import DOWN_AXES, GATE_UP_AXES, ExpertWeights, experts
-from sharding import TRAINING, MeshConfig, activation_spec, parameter_spec, use_rules
+from llama4_jax.sharding import TRAINING, MeshConfig, activation_spec, parameter_spec, use_rules
 
 MESHES = {
     "expert 8": MeshConfig(data=1, expert=8),

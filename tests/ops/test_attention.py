@@ -18,7 +18,7 @@ from llama4_jax.ops import flash_attention as flash_module
 from llama4_jax.ops.attention import IMPLEMENTATIONS, OBSTACLES, attention
 from llama4_jax.ops.attention_reference import first_visible, visible
 from llama4_jax.ops.flash_attention import Keys, Queries, flash_attention, plan_blocks
-from sharding import MeshConfig, activation_sharding, make_mesh
+from llama4_jax.sharding import MeshConfig, activation_sharding, make_mesh
 
 ALL = sorted(IMPLEMENTATIONS.keys() - OBSTACLES.keys())  # the others have tests of their own
 

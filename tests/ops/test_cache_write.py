@@ -10,8 +10,8 @@ from topologies import chips, one_chip
 
 from llama4_jax.model.cache import LayerCache, cached_attention, make_step
 from llama4_jax.ops.cache_write import scatter, write_slots, write_tile
-from sharding import MeshConfig, make_mesh
-from sharding.hlo import costs
+from llama4_jax.sharding import MeshConfig, make_mesh
+from llama4_jax.sharding.hlo import costs
 
 
 def numbers(shape, dtype, seed) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 from llama4_jax.ops import cross_entropy
 from llama4_jax.ops.cross_entropy import linear_cross_entropy, token_nll, token_scores
-from sharding import MeshConfig, activation_sharding, make_mesh, parameter_sharding
+from llama4_jax.sharding import MeshConfig, activation_sharding, make_mesh, parameter_sharding
 
 
 def problem(batch=2, tokens=13, dim=8, vocab=31, seed=0, dtype=jnp.float32):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama4_jax.ops.embedding import AXES, lookup
-from sharding import SERVING, TRAINING, MeshConfig, activation_spec, make_mesh, parameter_spec, use_rules
+from llama4_jax.sharding import SERVING, TRAINING, MeshConfig, activation_spec, make_mesh, parameter_spec, use_rules
 
 MESHES = {
     "fsdp 8": MeshConfig(data=1, fsdp=8),

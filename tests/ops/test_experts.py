@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from llama4_jax.ops import exchange as exchange_module
 from llama4_jax.ops.experts import experts
-from sharding import SERVING, make_mesh
+from llama4_jax.sharding import SERVING, make_mesh
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,7 @@ from llama4_jax.ops.dims import Dims
 from llama4_jax.ops.dot_general import bfloat16_dot_general, linear
 from llama4_jax.ops.experts import ExpertWeights, experts
 from llama4_jax.ops.fp8 import fp8_dot_general, in_tiles, quantize, rounded
-from sharding import MeshConfig, make_mesh
+from llama4_jax.sharding import MeshConfig, make_mesh
 
 GRANULARITIES = ["tensor", "row", "block"]
 LINEAR = (((1,), (0,)), ((), ()))

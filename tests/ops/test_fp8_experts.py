@@ -22,7 +22,7 @@ from llama4_jax.ops import exchange as exchange_module
 from llama4_jax.ops.dot_general import make_dot_general
 from llama4_jax.ops.expert_products import Split, make_product
 from llama4_jax.ops.experts import experts
-from sharding import SERVING, make_mesh
+from llama4_jax.sharding import SERVING, make_mesh
 
 RECIPES = ["fp8", "fp8_row", "fp8_block"]
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama4_jax.ops.dot_general import linear
 from llama4_jax.ops.experts import ExpertWeights, experts
 from llama4_jax.ops.grouped_matmul import grouped_matmul
-from sharding import MeshConfig, make_mesh
+from llama4_jax.sharding import MeshConfig, make_mesh
 
 # What the compiler asks of a device. Sizes of an H100 SXM, as its driver reports them.
 H100 = """

@@ -10,7 +10,7 @@ from topologies import one_chip
 from llama4_jax.ops import quantized_matmul
 from llama4_jax.ops.quantization import Quantized, Scheme, dequantize, quantize
 from llama4_jax.ops.quantized_matmul import quantized_dot, quantized_grouped_matmul, quantized_linear
-from sharding import SERVING, MeshConfig, make_mesh, use_rules
+from llama4_jax.sharding import SERVING, MeshConfig, make_mesh, use_rules
 
 SCHEMES = [Scheme("int8"), Scheme("fp8"), Scheme("int4"), Scheme("int4", 32)]
 # Of the result's length, by the dtype of x.

@@ -18,7 +18,7 @@ from llama4_jax.ops.mesh_attention import self_attention
 from llama4_jax.ops.order import Order
 from llama4_jax.ops.ring_attention import ring_attention
 from llama4_jax.ops.zigzag import can_zigzag, from_zigzag, to_zigzag
-from sharding import MeshConfig, activation_sharding, make_mesh
+from llama4_jax.sharding import MeshConfig, activation_sharding, make_mesh
 
 HEADS, KV_HEADS, DIM, SCALE = 4, 2, 8, 0.5
 MESHES = {

@@ -19,7 +19,7 @@ from llama4_jax.ops.mesh_attention import self_attention
 from llama4_jax.ops.order import Order
 from llama4_jax.ops.splash_attention import obstacle as splash_obstacle
 from llama4_jax.ops.splash_attention import refined_segments, splash_attention
-from sharding import MeshConfig, activation_sharding, make_mesh
+from llama4_jax.sharding import MeshConfig, activation_sharding, make_mesh
 
 CONTIGUOUS, ALIGNED = Order(contiguous=True), Order(contiguous=True, aligned=True)
 

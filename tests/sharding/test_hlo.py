@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding import MeshConfig, hlo, make_mesh
-from sharding.hlo import Array, Instruction
+from llama4_jax.sharding import MeshConfig, hlo, make_mesh
+from llama4_jax.sharding.hlo import Array, Instruction
 
 MESH = {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1, "context": 1}
 

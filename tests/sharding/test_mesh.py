@@ -4,7 +4,7 @@ import jax
 import pytest
 from topologies import chips
 
-from sharding import MeshConfig, make_mesh
+from llama4_jax.sharding import MeshConfig, make_mesh
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding import MeshConfig, make_mesh
-from sharding.chips import CHIPS, of_kind, topology
-from sharding.hlo import Collective
-from sharding.plan import Network, Plan, make_plan, topology_devices
+from llama4_jax.sharding import MeshConfig, make_mesh
+from llama4_jax.sharding.chips import CHIPS, of_kind, topology
+from llama4_jax.sharding.hlo import Collective
+from llama4_jax.sharding.plan import Network, Plan, make_plan, topology_devices
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sharding import (
+from llama4_jax.sharding import (
     SERVING,
     TRAINING,
     MeshConfig,
@@ -20,8 +20,8 @@ from sharding import (
     use_rules,
     ways,
 )
-from sharding.hlo import axes_of as axes_in
-from sharding.rules import spec
+from llama4_jax.sharding.hlo import axes_of as axes_in
+from llama4_jax.sharding.rules import spec
 
 EVERY = jax.sharding.AbstractMesh((2, 2, 2, 2, 2), ("data", "fsdp", "expert", "tensor", "context"))
 

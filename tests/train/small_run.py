@@ -10,11 +10,11 @@ from llama4_jax.config import RunConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
 from llama4_jax.model.config import ModelConfig
+from llama4_jax.sharding import MeshConfig, make_mesh
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import OptimizerConfig
 from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
-from sharding import MeshConfig, make_mesh
 
 # Rows of 32 tokens reach past two chunks of 8 and several temperature buckets; weights are large enough to matter.
 SCOUT = ModelConfig(

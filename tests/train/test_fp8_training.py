@@ -11,8 +11,8 @@ from micro_run import assert_same_run, disturb, end, last_step, new_place, start
 from small_run import SCOUT, config, gradients, packed_batch, run, trainer
 
 from llama4_jax.model.config import Precision
+from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
-from sharding import MeshConfig
 
 FP8 = Precision(matmul="fp8")
 # Two layers that are alike, so that they are scanned and compile fast. Without balance losses: each micro-batch

@@ -19,13 +19,13 @@ import llama4_jax
 from llama4_jax.data.config import DataConfig
 from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.model.config import VisionConfig
+from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.freeze import FreezeConfig
 from llama4_jax.train.loop import Heldout, make_evaluation
 from llama4_jax.train.rows import Rows
 from llama4_jax.weights.checkpoint import named_leaves
 from llama4_jax.weights.load import initial_weights
-from sharding import MeshConfig
 
 PATCH = 95
 VISION = VisionConfig(

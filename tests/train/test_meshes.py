@@ -12,8 +12,8 @@ from small_run import MAVERICK, SCOUT, arrays, config, gradients, largest_error,
 
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
+from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
-from sharding import MeshConfig
 
 MODELS = {"scout": SCOUT, "maverick": MAVERICK, "pictures": dataclasses.replace(PICTURES, num_experts=4)}
 MESHES = {

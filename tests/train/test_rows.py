@@ -10,8 +10,8 @@ from topologies import chips
 from llama4_jax.data.config import DataConfig
 from llama4_jax.data.loader import make_loader
 from llama4_jax.inputs.tokenizer import ByteTokenizer
+from llama4_jax.sharding import MeshConfig, activation_sharding, make_mesh
 from llama4_jax.train.rows import Rows
-from sharding import MeshConfig, activation_sharding, make_mesh
 
 MESHES = [
     MeshConfig(fsdp=64),  # on a torus: the four chips of a host have rows that are far apart

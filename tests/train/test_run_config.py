@@ -8,9 +8,9 @@ import pytest
 from llama4_jax.config import RunConfig, differences, from_json, to_json
 from llama4_jax.data.config import DataConfig
 from llama4_jax.model.config import ModelConfig, RopeScaling
+from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.optimizer import OptimizerConfig
-from sharding import MeshConfig
 
 
 def config(**fields) -> RunConfig:

@@ -30,6 +30,7 @@ from llama4_jax.data.config import DataConfig
 from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import preset
+from llama4_jax.sharding import MeshConfig, make_mesh
 from llama4_jax.weights import checkpoint, workplace
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves
 from llama4_jax.weights.convert import Done, convert, export
@@ -38,7 +39,6 @@ from llama4_jax.weights.orbax_arrays import StoredArray, stored_arrays
 from llama4_jax.weights.safetensors import HFCheckpoint, SafetensorsFile, create_safetensors
 from llama4_jax.weights.source import open_weights
 from llama4_jax.weights.table import InMemory, from_hf
-from sharding import MeshConfig, make_mesh
 
 
 def read_hf(directory: Path) -> dict[str, np.ndarray]:

@@ -20,11 +20,11 @@ import llama4_jax
 from llama4_jax.model.config import Precision
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import PRESETS, preset
+from llama4_jax.sharding import MeshConfig, make_mesh
 from llama4_jax.weights.hf_config import model_config, to_hf_config
 from llama4_jax.weights.load import load, named_variables, preset_differences
 from llama4_jax.weights.source import FileWeights
 from llama4_jax.weights.table import InMemory, plan, rows
-from sharding import MeshConfig, make_mesh
 
 
 @pytest.mark.parametrize(("name", "shards"), [("scout", 1), ("scout", 5), ("irregular", 1), ("global", 3)])

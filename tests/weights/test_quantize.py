@@ -24,6 +24,7 @@ from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.ops.quantization import Scheme, unpack_int4
 from llama4_jax.ops.quantization import quantize as quantize_array
+from llama4_jax.sharding import MeshConfig, make_mesh
 from llama4_jax.weights import quantize as module
 from llama4_jax.weights import workplace
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves
@@ -32,7 +33,6 @@ from llama4_jax.weights.inspect import describe
 from llama4_jax.weights.load import initial_weights, named_variables
 from llama4_jax.weights.quantize import quantize
 from llama4_jax.weights.source import open_weights
-from sharding import MeshConfig, make_mesh
 
 CASE = dataclasses.replace(MAVERICK, vocab=96, layers=2, nope_interval=2)  # 64 wide, 48 and 24 in feed-forwards
 INT8, INT4, FP8 = Scheme("int8"), Scheme("int4", 8), Scheme("fp8")
