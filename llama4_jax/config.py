@@ -16,6 +16,7 @@ from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.freeze import FreezeConfig
 from llama4_jax.train.optimizer import OptimizerConfig
+from llama4_jax.untrusted_json import parse_json, shortened, shown, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +110,10 @@ def to_json(config: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=1)
 
 
-def from_json(text: str) -> RunConfig:
-    """The config of `to_json`. Raises ValueError naming a field that is missing, unknown or of the wrong type."""
-    return _build(RunConfig, _parse(text), "")
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config.json is not JSON: {error}.") from error
+def from_json(text: bytes | str, where: str = "config.json") -> RunConfig:
+    """The config of `to_json`. Raises ValueError naming the file (`where`) and a field that is missing, unknown, of the
+    wrong type, or out of range."""
+    return _read(RunConfig, parse_json(text, where=where), "", where)
 
 
 @dataclass(frozen=True)
@@ -145,13 +140,14 @@ def converted_to_json(
     return json.dumps(tree if quantization is None else tree | {"quantization": quantization}, indent=1)
 
 
-def model_from_json(text: str) -> SavedModel:
+def model_from_json(text: bytes | str, where: str = "config.json") -> SavedModel:
     """The model of `to_json` or `converted_to_json`. Raises ValueError as `from_json` does."""
-    tree = _parse(text)
+    tree = parse_json(text, where=where)
     if not (isinstance(tree, dict) and "provenance" in tree):
-        run = from_json(text)
+        run = _read(RunConfig, tree, "", where)
         return SavedModel(run.model, run.scan_layers)
-    return SavedModel(_build(ModelConfig, tree.get("model"), "model"), False, tree["provenance"])
+    provenance = typed(tree["provenance"], dict[str, str], where=f"{where}: provenance")
+    return SavedModel(_read(ModelConfig, tree.get("model"), "model", where), False, provenance)
 
 
 def differences(saved: RunConfig, new: RunConfig) -> list[str]:
@@ -189,8 +185,16 @@ def _flatten(tree: dict[str, Any], prefix: str = ""):
             yield prefix + name, value
 
 
+def _read(kind: Any, value: Any, field: str, where: str) -> Any:
+    """`value`, as JSON gives it, as an object of the annotated type `kind`; ValueErrors name the file, and are short
+    whatever it says."""
+    try:
+        return _build(kind, value, field)
+    except ValueError as error:
+        raise ValueError(f"{where}: {shortened(str(error), 400)}") from None
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gives it, as an object of the annotated type `kind`."""
     options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if value is None and type(None) in options:
         return None
@@ -199,31 +203,35 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return _build_dataclass(kind, value, where)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"config.json: {where} must be a list, got {value!r}.")
+            raise ValueError(f"{where} must be a list, got {shown(value)}.")
         item = typing.get_args(kind)[0]
         return tuple(_build(item, x, where) for x in value)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise ValueError(f"config.json: {where} must be one of {', '.join(typing.get_args(kind))}, got {value!r}.")
+            raise ValueError(f"{where} must be one of {', '.join(typing.get_args(kind))}, got {shown(value)}.")
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1023:  # the largest float is beyond
         return float(value)
     if type(value) is not kind:  # True is no int here
-        raise ValueError(f"config.json: {where} must be of type {kind.__name__}, got {value!r}.")
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {shown(value)}.")
     return value
 
 
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"config.json: {where or 'the file'} must be an object, got {value!r}.")
+        raise ValueError(f"{where or 'the file'} must be an object, got {shown(value)}.")
     hints = typing.get_type_hints(kind)
     prefix = f"{where}." if where else ""
     unknown = value.keys() - hints.keys()
     missing = {f.name for f in dataclasses.fields(kind)} - value.keys()
     if unknown or missing:
         raise ValueError(
-            f"config.json does not fit this version of the code: unknown fields "
-            f"{', '.join(prefix + name for name in sorted(unknown)) or 'none'}; missing fields "
-            f"{', '.join(prefix + name for name in sorted(missing)) or 'none'}."
+            f"does not fit this version of the code: unknown fields {_names(prefix, unknown)}; missing fields "
+            f"{_names(prefix, missing)}."
         )
     return kind(**{name: _build(hints[name], item, prefix + name) for name, item in value.items()})
+
+
+def _names(prefix: str, names: set[str]) -> str:
+    first = [prefix + shortened(name, 40) for name in sorted(names)[:4]]
+    return ", ".join([*first, f"{len(names) - 4} more"] if len(names) > 4 else first) or "none"

@@ -187,7 +187,7 @@ def _compute_seconds(work: Work, chip: Chip) -> float:
     if not in_fp8(work):
         return work.model_flops / chip.bf16
     used = (_layer_parameters(work.config.model, spec) for spec in work.config.model.layers)
-    experts, top_k = work.config.model.num_experts, work.config.model.top_k
+    experts, top_k = max(1, work.config.model.num_experts), work.config.model.top_k
     linear = sum(attention + always + routed * top_k / experts for attention, always, routed in used)
     flops = 3 * 2 * linear * work.rows * work.context
     return flops / chip.fp8 + (work.model_flops - flops) / chip.bf16

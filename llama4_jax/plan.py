@@ -185,7 +185,7 @@ def _expert_turns(work: Work, mesh: jax.sharding.Mesh) -> float | None:
         return None
     seen = work.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
     here = model.num_experts // mesh.shape["expert"]
-    chosen = here * (1 - (1 - model.top_k / model.num_experts) ** seen)
+    chosen = here * (1 - (1 - model.top_k / max(1, model.num_experts)) ** seen)
     return chosen / len(heights_for(max(2, seen * model.top_k), here))
 
 

@@ -7,7 +7,6 @@
 All of it is numpy; nothing here touches a device.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,11 +15,12 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from llama4_jax.inputs.chat import ChatFormat
-from llama4_jax.inputs.image import ImageConfig
+from llama4_jax.inputs.image import MOST_TILES, ImageConfig
 from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages
 from llama4_jax.inputs.pictures import IMAGE, cut_pictures, encode_illustrated
 from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama4_jax.model.config import VisionConfig
+from llama4_jax.untrusted_json import read_json, shown, typed
 
 if TYPE_CHECKING:
     from llama4_jax.inputs.chat_template import ChatTemplate
@@ -184,6 +184,7 @@ def image_config(vision: VisionConfig, tokenizer: Tokenizer, **cutting: Any) -> 
     return ImageConfig(tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile, **cutting)
 
 
+_MAX_BYTES = 2**22
 _OF_HUGGING_FACE = {"max_patches": "max_tiles", "resize_to_max_canvas": "resize_to_max_canvas"}
 # A file of the directory, the part of it that says how pictures are cut, and what our names for it are.
 _WHERE_IT_IS_SAID = (
@@ -199,10 +200,13 @@ def _cutting(path: Path) -> dict[str, Any]:
         said = _read_object(path / file, part)
         found = {name: said[key] for key, name in names.items() if said.get(key) is not None}
         tiles, largest = found.get("max_tiles", 1), found.get("resize_to_max_canvas", False)
-        if type(tiles) is not int or tiles < 1:
-            raise ValueError(f"{path / file}: the most tiles of a picture should be a number from 1 on, not {tiles!r}.")
+        if type(tiles) is not int or not 1 <= tiles <= MOST_TILES:
+            raise ValueError(
+                f"{path / file}: the most tiles of a picture should be a number from 1 to {MOST_TILES}, not "
+                f"{shown(tiles)}."
+            )
         if not isinstance(largest, bool):
-            raise ValueError(f"{path / file}: resize_to_max_canvas should be true or false, and is {largest!r}.")
+            raise ValueError(f"{path / file}: resize_to_max_canvas should be true or false, and is {shown(largest)}.")
         if found:
             return found
     return {}
@@ -210,14 +214,5 @@ def _cutting(path: Path) -> dict[str, Any]:
 
 def _read_object(file: Path, part: str | None) -> dict[str, Any]:
     """The file's JSON object, or the one that is a part of it; empty if there is none."""
-    try:
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}.") from error
-    if part is not None and isinstance(said, dict):
-        said = said.get(part, {})
-    if not isinstance(said, dict):
-        raise ValueError(
-            f"{file if part is None else f'{part} in {file}'} should be a JSON object, and is {said!r:.40}."
-        )
-    return said
+    said = read_json(file, of=dict, max_bytes=_MAX_BYTES) if file.is_file() else {}
+    return said if part is None else typed(said.get(part, {}), dict, where=f"{file}: {part}")

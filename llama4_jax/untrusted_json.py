@@ -28,25 +28,59 @@ def read_json(path: Path | epath.Path, *, of: Any = Any, why: str = "", max_byte
 
     Raises FileNotFoundError if there is no such file; ValueError for one that is too large, or as `parse_json` does.
     """
+    return parse_json(read_text(path, why=why, max_bytes=max_bytes), where=str(path), of=of)
+
+
+def read_text(path: Path | epath.Path, *, why: str = "", max_bytes: int = MAX_BYTES) -> bytes:
+    """What a file holds, for `parse_json`. Raises as `read_json` does."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}" + (f" ({why})." if why else "."))
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(f"{path} is too large: of a file like this {max_bytes:,} bytes are read at most.")
-    return parse_json(data, where=str(path), of=of)
+    return data
 
 
-def parse_json(data: bytes | str, *, where: str, of: Any = Any) -> Any:
-    """A JSON text, as the type `of`. Raises ValueError, which begins with `where`."""
+def parse_json(data: bytes | str, *, where: str, of: Any = Any, exact: bool = False) -> Any:
+    """A JSON text, as the type `of`. Raises ValueError, which begins with `where`.
+
+    - exact: what readers in other languages refuse, and Python's takes, is an error too: a name twice in one object,
+      half of a surrogate pair in an object's names and texts, NaN and infinities, and the integer -0
+    """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = json.loads(text)
+        value = json.loads(text, **_EXACT) if exact else json.loads(text)
     except RecursionError:
         raise ValueError(f"{where} is no valid JSON: it is nested too deeply.") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
         raise ValueError(f"{where} is no valid JSON: {shortened(str(error), 200)}.") from None
     return typed(value, of, where=where)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"'{shortened(twice)}' is there twice")
+    for name, value in pairs:
+        for text in (name, value) if isinstance(value, str) else (name,):
+            text.encode("utf-8")  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+    return found
+
+
+def _whole(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("-0 is no integer")
+    return int(digits)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+_EXACT: dict[str, Any] = {"object_pairs_hook": _unique, "parse_int": _whole, "parse_constant": _no_constant}
 
 
 def typed(value: Any, of: Any, *, where: str) -> Any:

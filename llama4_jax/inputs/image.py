@@ -21,6 +21,10 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from llama4_jax.untrusted_json import shown
+
+MOST_TILES = 256  # of a picture, for which all canvases of so many are looked at
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
@@ -38,10 +42,12 @@ class ImageConfig:
     resize_to_max_canvas: bool = False
 
     def __post_init__(self):
-        for field in fields(self)[:3]:
+        for field, most in zip(fields(self), (2**16, MOST_TILES, 2**24), strict=False):
             value = getattr(self, field.name)
-            if value < 1:
-                raise ValueError(f"image config: {field.name} is {value}, and should be a whole number from 1 on")
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(
+                    f"image config: {field.name} is {shown(value)}, and should be a whole number from 1 to {most}"
+                )
 
 
 class Tiles(NamedTuple):

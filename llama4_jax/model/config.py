@@ -2,16 +2,68 @@
 
 The layer pattern is computed once, here. Nothing else in the model does modulo arithmetic over layer numbers.
 Sources: `Llama4TextConfig` of transformers 5.23 and `ModelArgs` of llama-models 0.3.0.
+
+Every config, wherever it is read, is checked here: types, and ranges. Upper bounds are far above any real model; they
+are there so that a damaged or hostile file is refused at once, and not after minutes of building its billion layers.
 """
 
 import dataclasses
 import fnmatch
 import functools
+import math
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from llama4_jax.untrusted_json import shown
 
 QueryScaleKind = Literal["none", "temperature", "ssmax", "ssmax_bias"]
+
+_INT32 = 2**31 - 1  # token ids and positions are int32
+_WIDTH = 2**24
+_HEADS = 2**16
+MOST_LAYERS = 2**12
+_SIDE = 2**16  # pixels
+_EXPERTS = 2**16
+_ALL_EXPERTS = 2**18  # of all layers together
+_LEAST_FLOAT, _LARGEST_FLOAT = 1.1754943508222875e-38, 3.4028234663852886e38  # normal numbers of float32
+
+
+class FieldError(ValueError):
+    """A field of a config has a value that it cannot have.
+
+    - field: its path, as "norm_eps" or "vision.embed_dim"
+    """
+
+    def __init__(self, field: str, problem: str):
+        super().__init__(f"model.{field} {problem}")
+        self.field = field
+
+
+def _check_int(field: str, value: Any, least: int, most: int, or_else: str = "") -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise FieldError(field, f"must be a whole number, got {shown(value)}.")
+    if value < least:
+        raise FieldError(field, f"must be at least {least}{or_else}, got {shown(value)}.")
+    if value > most:
+        raise FieldError(field, f"must be at most {most:,}, got {shown(value)}.")
+
+
+def _check_float(field: str, value: Any, least: float = -_LARGEST_FLOAT, most: float = _LARGEST_FLOAT) -> None:
+    """`least` may be _LEAST_FLOAT: what is smaller is 0 where it is used, in float32."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise FieldError(field, f"must be a number, got {shown(value)}.")
+    if not least <= value <= most:  # NaN is not
+        if math.isfinite(value) and least == _LEAST_FLOAT and value < least:
+            raise FieldError(field, f"must be positive (in float32, from 1.2e-38 on), got {shown(value)}.")
+        of = f"a finite number{' of 0 or more' if least == 0 else ''}, at most {most:.3g}"
+        raise FieldError(field, f"must be {of}, got {shown(value)}.")
+
+
+def _check_choice(field: str, value: Any, choices: tuple) -> None:
+    if not isinstance(value, type(choices[0])) or value not in choices:
+        raise FieldError(field, f"must be one of {', '.join(map(repr, choices))}, got {shown(value)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +80,13 @@ class RopeScaling:
     original_context: int = 8192
 
     def __post_init__(self):
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_context"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"rope_scaling.{name} must be positive, got {getattr(self, name)}.")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check_float(f"rope_scaling.{name}", getattr(self, name), _LEAST_FLOAT)
+        _check_int("rope_scaling.original_context", self.original_context, 1, _INT32)
         if self.low_freq_factor > self.high_freq_factor:
-            raise ValueError(
-                f"rope_scaling.low_freq_factor ({self.low_freq_factor}) must not exceed "
-                f"rope_scaling.high_freq_factor ({self.high_freq_factor})."
+            raise FieldError(
+                "rope_scaling.low_freq_factor",
+                f"({self.low_freq_factor}) must not exceed rope_scaling.high_freq_factor ({self.high_freq_factor}).",
             )
 
 
@@ -58,27 +110,33 @@ class VisionConfig:
     patch_token_id: int = 200_092  # of `<|patch|>`: the features take the places of these tokens
 
     def __post_init__(self):
-        sizes = ("embed_dim", "num_layers", "num_heads", "mlp_dim", "image_size", "patch_size", "num_channels",
-                 "adapter_dim", "output_dim")  # fmt: skip
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.vision.{name} must be at least 1, got {getattr(self, name)}.")
+        most = {
+            "num_layers": MOST_LAYERS, "num_heads": _HEADS, "image_size": _SIDE, "patch_size": _SIDE,
+            "num_channels": 2**10, "embed_dim": _WIDTH, "mlp_dim": _WIDTH, "adapter_dim": _WIDTH, "output_dim": _WIDTH,
+        }  # fmt: skip
+        for name, largest in most.items():
+            _check_int(f"vision.{name}", getattr(self, name), 1, largest)
+        _check_int("vision.patch_token_id", self.patch_token_id, 0, _INT32)
+        for name in ("rope_theta", "norm_eps"):
+            _check_float(f"vision.{name}", getattr(self, name), _LEAST_FLOAT)
+        _check_float("vision.pixel_shuffle_ratio", self.pixel_shuffle_ratio, 1 / _SIDE, 1.0)
         for name, of in (("num_heads", "embed_dim"), ("patch_size", "image_size")):
             if getattr(self, of) % getattr(self, name):
-                raise ValueError(
-                    f"model.vision.{of} ({getattr(self, of)}) must be a multiple of model.vision.{name} "
-                    f"({getattr(self, name)})."
+                raise FieldError(
+                    f"vision.{of}",
+                    f"({getattr(self, of)}) must be a multiple of model.vision.{name} ({getattr(self, name)}).",
                 )
         if self.head_dim % 4:
-            raise ValueError(
-                f"model.vision.embed_dim / num_heads must be a multiple of 4 for RoPE's pairs in two dimensions, got "
-                f"{self.head_dim}."
+            raise FieldError(
+                "vision.embed_dim",
+                f"/ num_heads must be a multiple of 4 for RoPE's pairs in two dimensions, got {self.head_dim}.",
             )
         side = self.image_size // self.patch_size
-        if self.pixel_shuffle_ratio <= 0 or self.shuffle * self.pixel_shuffle_ratio != 1 or side % self.shuffle:
-            raise ValueError(
-                f"model.vision.pixel_shuffle_ratio must be 1, 1/2, 1/3 … and divide the {side} patches of a tile's "
-                f"side, got {self.pixel_shuffle_ratio}."
+        if self.shuffle * self.pixel_shuffle_ratio != 1 or side % self.shuffle:
+            raise FieldError(
+                "vision.pixel_shuffle_ratio",
+                f"must be 1, 1/2, 1/3 … and divide the {side} patches of a tile's side, got "
+                f"{self.pixel_shuffle_ratio}.",
             )
 
     @property
@@ -121,7 +179,10 @@ class LayerSpec:
 class ModelConfig:
     """Sizes and switches of the text model. Lengths are in tokens.
 
-    Raises ValueError for sizes that do not fit together, naming the field.
+    What no layer has may be 0: `num_experts`, `top_k` and `expert_mlp_dim` of a dense model, `mlp_dim` of one whose
+    layers all have experts.
+
+    Raises FieldError, a ValueError that names the field, for values out of range and those that do not fit together.
     """
 
     vocab_size: int
@@ -159,31 +220,61 @@ class ModelConfig:
     vision: VisionConfig | None = None  # None: the model reads text alone
 
     def __post_init__(self):
-        sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-                 "expert_mlp_dim", "num_experts", "top_k", "temperature_floor", "context_length")  # fmt: skip
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        most = {
+            "vocab_size": _INT32, "embed_dim": _WIDTH, "num_layers": MOST_LAYERS, "num_heads": _HEADS,
+            "num_kv_heads": _HEADS, "head_dim": _HEADS, "temperature_floor": _INT32, "context_length": _INT32,
+        }  # fmt: skip
+        for name, largest in most.items():
+            _check_int(name, getattr(self, name), 1, largest)
         for name in ("moe_interval", "nope_interval"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} must be 0 (never) or more, got {getattr(self, name)}.")
-        if self.attention_chunk is not None and self.attention_chunk < 1:
-            raise ValueError(f"model.attention_chunk must be at least 1 or None, got {self.attention_chunk}.")
+            _check_int(name, getattr(self, name), 0, _INT32, " (never)")
+        if self.attention_chunk is not None:
+            _check_int("attention_chunk", self.attention_chunk, 1, _INT32, " or None")
+        for name in ("rope_theta", "norm_eps"):
+            _check_float(name, getattr(self, name), _LEAST_FLOAT)
+        _check_float("init_std", self.init_std, 0.0)
+        _check_float("temperature_coef", self.temperature_coef)
+        for name in ("qk_norm", "router_bias"):
+            _check_choice(name, getattr(self, name), (False, True))
+        _check_choice("query_scale", self.query_scale, typing.get_args(QueryScaleKind))
+        _check_choice("query_scale_layers", self.query_scale_layers, ("nope", "all"))
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads ({self.num_heads}) must be a multiple of model.num_kv_heads "
-                f"({self.num_kv_heads}): each key/value head serves a group of query heads."
+            raise FieldError(
+                "num_heads",
+                f"({self.num_heads}) must be a multiple of model.num_kv_heads ({self.num_kv_heads}): each key/value "
+                f"head serves a group of query heads.",
             )
         if self.head_dim % 2:
-            raise ValueError(f"model.head_dim must be even for RoPE's pairs, got {self.head_dim}.")
-        if self.top_k > self.num_experts:
-            raise ValueError(f"model.top_k ({self.top_k}) must not exceed model.num_experts ({self.num_experts}).")
+            raise FieldError("head_dim", f"must be even for RoPE's pairs, got {self.head_dim}.")
         for name in ("moe_layers", "rope_layers"):
-            explicit = getattr(self, name)
-            if explicit is not None and len(explicit) != self.num_layers:
-                raise ValueError(
-                    f"model.{name} must have one entry for each of the {self.num_layers} layers, got {len(explicit)}."
-                )
+            self._check_pattern(name)
+        self._check_experts()
+
+    def _check_pattern(self, name: str) -> None:
+        explicit = getattr(self, name)
+        if explicit is None:
+            return
+        if not isinstance(explicit, tuple) or len(explicit) != self.num_layers:
+            got = len(explicit) if isinstance(explicit, tuple) else shown(explicit)
+            raise FieldError(name, f"must have one entry for each of the {self.num_layers} layers, got {got}.")
+        wrong = next((entry for entry in explicit if not isinstance(entry, bool)), None)
+        if wrong is not None:
+            raise FieldError(name, f"must be of True and False, got {shown(wrong)}.")
+
+    def _check_experts(self) -> None:
+        with_experts = sum(self._layer(i).moe for i in range(self.num_layers))
+        least = min(1, with_experts)
+        _check_int("num_experts", self.num_experts, least, _EXPERTS)
+        _check_int("top_k", self.top_k, least, _EXPERTS)
+        _check_int("expert_mlp_dim", self.expert_mlp_dim, least, _WIDTH)
+        _check_int("mlp_dim", self.mlp_dim, min(1, self.num_layers - with_experts), _WIDTH)
+        if with_experts and self.top_k > self.num_experts:
+            raise FieldError("top_k", f"({self.top_k}) must not exceed model.num_experts ({self.num_experts}).")
+        if with_experts * self.num_experts > _ALL_EXPERTS:
+            raise FieldError(
+                "num_experts", f"x the layers that have them must be at most {_ALL_EXPERTS:,}, got "
+                f"{self.num_experts} x {with_experts}."
+            )  # fmt: skip
 
     @functools.cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -208,10 +299,9 @@ class ModelConfig:
     @functools.cached_property
     def period(self) -> int:
         """Length of the shortest group of layers whose repetition gives the pattern, cut at the end."""
-        for period in range(1, self.num_layers + 1):
-            if all(spec == self.layers[i % period] for i, spec in enumerate(self.layers)):
-                return period
-        raise AssertionError("a pattern repeats at its own length")
+        numbers: dict[LayerSpec, int] = {}  # of each kind of layer
+        pattern = [numbers.setdefault(spec, len(numbers)) for spec in self.layers]
+        return next(n for n in range(1, self.num_layers + 1) if pattern[n:] == pattern[:-n])
 
     @property
     def num_moe_layers(self) -> int:

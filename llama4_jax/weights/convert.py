@@ -23,12 +23,13 @@ from llama4_jax.config import converted_to_json
 from llama4_jax.inputs import hf_tokenizer
 from llama4_jax.inputs.tokenizer import BPE_FILE, BYTES_FILE, load_tokenizer
 from llama4_jax.model.config import ModelConfig, VisionConfig
+from llama4_jax.untrusted_json import read_json
 from llama4_jax.weights import hf_config, meta_config, table
 from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.mapped import FileTensor
 from llama4_jax.weights.meta_files import PARAMS, create_pth
 from llama4_jax.weights.quantized import Parameters
-from llama4_jax.weights.safetensors import INDEX, SINGLE, create_safetensors, read_json
+from llama4_jax.weights.safetensors import INDEX, SINGLE, create_safetensors
 from llama4_jax.weights.source import FileWeights, Weights, open_weights, source_format
 from llama4_jax.weights.table import SCALE, Box, Index, Row, Shape, bits, write_boxes
 from llama4_jax.weights.workplace import (
@@ -89,7 +90,7 @@ def convert(
             f"its config describes none: add its vision_config, or use the config.json that belongs to it."
         )
     quantization = _quantization(weights) if keep_quantized else None
-    for line in preset_differences(weights.config):
+    for line in (*weights.notices, *preset_differences(weights.config)):
         say(line)
     as_they_are = {n for scale in weights.plan.scales for n in (scale, scale.removesuffix(SCALE)) if keep_quantized}
     targets = {name: _target(weights, name, None if name in as_they_are else dtype) for name in weights.names}
@@ -311,7 +312,7 @@ def _hf_config_json(run: Path, config: ModelConfig, dtype: np.dtype) -> dict[str
     """The config.json that the weights came with, if it says what our config says, and else one of our own."""
     made = {**hf_config.to_hf_config(config), "dtype": dtype.name}
     if (run / SOURCE_CONFIG).is_file():
-        original = read_json(run / SOURCE_CONFIG, "")
+        original = read_json(run / SOURCE_CONFIG, of=dict)
         if "model_type" in original and hf_config.model_config(original) == config:
             kept = {key: value for key, value in original.items() if key not in ("quantization_config", "torch_dtype")}
             return {**kept, "dtype": dtype.name}
@@ -344,7 +345,7 @@ def _write_image_processor(run: Path, made: Path, vision: VisionConfig) -> None:
     """How pictures are cut, in Hugging Face's words, if the model came without them."""
     if (made / "preprocessor_config.json").exists() or (made / "processor_config.json").exists():
         return
-    data = read_json(run / "config.json", "").get("data")  # of a run that was trained
+    data = read_json(run / "config.json", of=dict).get("data")  # of a run that was trained
     size, half = {"height": vision.image_size, "width": vision.image_size}, [0.5] * 3
     image_processor = {
         "image_processor_type": "Llama4ImageProcessor",

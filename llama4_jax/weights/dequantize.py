@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llama4_jax.ops.quantization import unpack_int4
+from llama4_jax.untrusted_json import shortened
 from llama4_jax.weights.mapped import FileTensor, Shape
 from llama4_jax.weights.meta_files import MetaCheckpoint
 from llama4_jax.weights.table import SCALE, Index, Row
@@ -48,11 +49,12 @@ class HFTensors:
         for name, tensor in self.files.items():
             if name.endswith(_OTHER_QUANTIZERS):
                 raise ValueError(
-                    f"{name} is of a quantization that is not read here: read are weights of 8 bits with scales named "
-                    f"weight{SCALE}. Dequantize it with the tool that made it, and take the result."
+                    f"{shortened(name)} is of a quantization that is not read here: read are weights of 8 bits with "
+                    f"scales named weight{SCALE}. Dequantize it with the tool that made it, and take the result."
                 )
             if tensor.dtype in _FLOAT8 and name + SCALE not in self.files:
-                raise ValueError(f"{name} is {tensor.dtype}, but there is no scale for it: expected {name}{SCALE}.")
+                of = shortened(name)
+                raise ValueError(f"{of} is {tensor.dtype}, but there is no scale for it: expected {of}{SCALE}.")
 
     def shapes(self) -> dict[str, Shape]:
         return {name: self._scale_shape(name) or tensor.shape for name, tensor in self.files.items()}
@@ -109,7 +111,8 @@ class MetaTensors:
             names[module if module in scales else name] = tensor
         unused = scales.keys() - names.keys()
         if unused:
-            raise ValueError(f"rank {self.rank} has scales for {', '.join(sorted(unused))}, which it does not hold.")
+            first = shortened(min(unused))
+            raise ValueError(f"rank {self.rank} has {len(unused)} scales, such as {first}, of what it does not hold.")
         return names | {name + SCALE: scale for name, scale in scales.items()}
 
     def _shape(self, name: str, tensor: FileTensor) -> Shape:

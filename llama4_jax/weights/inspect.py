@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+from llama4_jax.untrusted_json import shortened
 from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.source import FileWeights, RunWeights, Weights, open_weights
@@ -26,8 +27,10 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     values = {name: _value(value) for name, value in fields.items()}
     width = min(44, max(map(len, values.values())))
     for name, value in values.items():
-        lines.append(f"  {name:<19} {value:<{width}}  {weights.provenance.get(name, '')}".rstrip())
+        lines.append(f"  {name:<19} {value:<{width}}  {shortened(weights.provenance.get(name, ''))}".rstrip())
     lines += ["", *(preset_differences(weights.config) or ["No preset of these sizes differs from it."])]
+    if isinstance(weights, FileWeights) and weights.notices:
+        lines += ["", *weights.notices]
     lines += ["", *_tensors(weights, every_tensor)]
     return "\n".join(lines)
 

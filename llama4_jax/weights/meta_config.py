@@ -5,39 +5,74 @@ are not in the file: Meta's modules derive them from multipliers, and so does th
 (TransformerBlock), `moe.py` and `vision/` of llama-models 0.3.0.
 """
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any
 
-from llama4_jax.model.config import ModelConfig, RopeScaling, VisionConfig
+import msgspec
+
+from llama4_jax.model.config import MOST_LAYERS, FieldError, ModelConfig, RopeScaling, VisionConfig
 from llama4_jax.model.presets import PRESETS
+from llama4_jax.untrusted_json import shown, typed
 
-_DEFAULTS = {
-    "n_kv_heads": None,
-    "head_dim": None,
-    "vocab_size": -1,
-    "multiple_of": 256,
-    "ffn_dim_multiplier": None,
-    "ffn_exp": None,
-    "norm_eps": 1e-5,
-    "attention_chunk_size": None,
-    "rope_theta": 500_000,
-    "use_scaled_rope": False,
-    "rope_scaling_factor": None,
-    "rope_high_freq_factor": None,
-    "nope_layer_interval": None,
-    "use_qk_norm": False,
-    "attn_temperature_tuning": False,
-    "floor_scale": 8192.0,
-    "attn_scale": 0.1,
-    "vision_args": None,
-    "moe_args": None,
-}
-_MOE_DEFAULTS = {
-    "num_experts": -1,
-    "capacity_factor": 1.0,
-    "auto_scale_F": True,
-    "top_k": 1,
-    "interleave_moe_layer_step": 1,
-}
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**24)]  # here, since widths are computed from it
+
+
+class _Experts(msgspec.Struct):
+    """What is read of `MoEArgs`."""
+
+    num_experts: int = -1
+    capacity_factor: float = 1.0
+    auto_scale_F: bool = True
+    top_k: int = 1
+    interleave_moe_layer_step: int = 1
+
+
+class _Sides(msgspec.Struct):
+    height: int
+    width: int
+
+
+class _Vision(msgspec.Struct):
+    """What is read of `VisionArgs`."""
+
+    image_size: _Sides
+    patch_size: _Sides
+    dim: _Size
+    n_layers: int
+    n_heads: int
+    mlp_ratio: float
+    output_dim: int
+    pixel_shuffle_ratio: float
+
+
+class _Args(msgspec.Struct):
+    """What is read of `ModelArgs`. Names that it does not know are passed over, as they are there."""
+
+    dim: _Size
+    n_layers: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
+    n_heads: _Size
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int = -1
+    multiple_of: _Size = 256
+    ffn_dim_multiplier: float | None = None
+    ffn_exp: float | None = None
+    norm_eps: float = 1e-5
+    attention_chunk_size: int | None = None
+    rope_theta: float = 500_000.0
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float | None = None
+    rope_high_freq_factor: float | None = None
+    nope_layer_interval: int | None = None
+    use_qk_norm: bool = False
+    attn_temperature_tuning: bool = False
+    floor_scale: float = 8192.0
+    attn_scale: float = 0.1
+    vision_args: _Vision | None = None
+    moe_args: _Experts | None = None
+    lora_args: Any = None
+
+
 _REQUIRED = ("dim", "n_layers", "n_heads")
 _MAX_TOKENS = 131_072  # Meta's files do not say how long a context may be
 
@@ -67,55 +102,66 @@ _KEYS = {
 }
 
 
-def model_config(params: dict) -> ModelConfig:
-    """The model that a params.json describes, be it flat or inside "model". Raises ValueError for a key that is missing
-    and for values that this model cannot express."""
-    params = _flat(params)
-    missing = [key for key in _REQUIRED if key not in params]
+def model_config(params: Any, where: str = "params.json") -> ModelConfig:
+    """The model that a params.json describes, be it flat or inside "model".
+
+    - where: the file, for messages
+
+    Raises ValueError, naming file and key, for a key that is missing, values of a wrong type or out of range, and
+    values that this model cannot express.
+    """
+    flat, prefix = _flat(params, where)
+    missing = [key for key in _REQUIRED if key not in flat]
     if missing:
-        raise ValueError(f"params.json: {', '.join(missing)} missing. Is it that of a Llama 4?")
-    value: dict[str, Any] = {**_DEFAULTS, **params}
-    if value["vocab_size"] < 1:
-        raise ValueError("params.json: vocab_size is missing: write the number of rows of tok_embeddings into it.")
-    if value.get("lora_args") is not None:
-        raise ValueError("params.json: lora_args are not supported: merge the adapters into the weights first.")
-    dim, heads = value["dim"], value["n_heads"]
-    if value["head_dim"] not in (None, dim // heads):
-        raise ValueError(f"params.json: head_dim is {value['head_dim']}, but Meta's attention has dim / n_heads.")
-    moe = None if value["moe_args"] is None else {**_MOE_DEFAULTS, **value["moe_args"]}
-    mlp_dim = _dense_width(value)
-    config = ModelConfig(
-        vocab_size=value["vocab_size"],
-        embed_dim=dim,
-        num_layers=value["n_layers"],
-        num_heads=heads,
-        num_kv_heads=value["n_kv_heads"] or heads,
-        head_dim=dim // heads,
-        mlp_dim=mlp_dim,
-        expert_mlp_dim=mlp_dim if moe is None else _expert_width(value, moe),
-        num_experts=1 if moe is None else moe["num_experts"],
-        top_k=1 if moe is None else moe["top_k"],
-        moe_interval=0 if moe is None else moe["interleave_moe_layer_step"],
-        nope_interval=value["nope_layer_interval"] or 0,
-        attention_chunk=value["attention_chunk_size"],
-        qk_norm=value["use_qk_norm"],
-        rope_theta=float(value["rope_theta"]),
-        rope_scaling=_rope_scaling(value),
-        query_scale="temperature" if value["attn_temperature_tuning"] else "none",
-        temperature_floor=int(value["floor_scale"]),
-        temperature_coef=float(value["attn_scale"]),
-        norm_eps=float(value["norm_eps"]),
-        context_length=_MAX_TOKENS,
-        vision=None if value["vision_args"] is None else _vision(value["vision_args"]),
-    )
+        raise ValueError(f"{where}: {', '.join(missing)} missing. Is it that of a Llama 4?")
+    value = typed(flat, _Args, where=f"{where}: {prefix.removesuffix('.')}" if prefix else where)
+    if value.vocab_size < 1:
+        raise ValueError(f"{where}: vocab_size is missing: write the number of rows of tok_embeddings into it.")
+    if value.lora_args is not None:
+        raise ValueError(f"{where}: lora_args are not supported: merge the adapters into the weights first.")
+    if value.head_dim not in (None, value.dim // value.n_heads):
+        raise ValueError(f"{where}: head_dim is {shown(value.head_dim)}, but Meta's attention has dim / n_heads.")
+    moe = value.moe_args
+    if moe is not None and moe.interleave_moe_layer_step < 1:
+        step = shown(moe.interleave_moe_layer_step)
+        raise ValueError(f"{where}: moe_args.interleave_moe_layer_step must be at least 1, got {step}.")
+    try:
+        config = ModelConfig(
+            vocab_size=value.vocab_size,
+            embed_dim=value.dim,
+            num_layers=value.n_layers,
+            num_heads=value.n_heads,
+            num_kv_heads=value.n_heads if value.n_kv_heads is None else value.n_kv_heads,
+            head_dim=value.dim // value.n_heads,
+            mlp_dim=_dense_width(value, where),
+            expert_mlp_dim=0 if moe is None else _expert_width(value, moe, where),
+            num_experts=0 if moe is None else moe.num_experts,
+            top_k=0 if moe is None else moe.top_k,
+            moe_interval=0 if moe is None else moe.interleave_moe_layer_step,
+            nope_interval=value.nope_layer_interval or 0,
+            attention_chunk=value.attention_chunk_size,
+            qk_norm=value.use_qk_norm,
+            rope_theta=value.rope_theta,
+            rope_scaling=_rope_scaling(value),
+            query_scale="temperature" if value.attn_temperature_tuning else "none",
+            temperature_floor=_whole("floor_scale", value.floor_scale, where),
+            temperature_coef=value.attn_scale,
+            norm_eps=value.norm_eps,
+            context_length=_MAX_TOKENS,
+            vision=None if value.vision_args is None else _vision(value.vision_args, where),
+        )
+    except FieldError as error:
+        keys = _KEYS.get(error.field.partition(".")[0], ())
+        there = [prefix + key for key in keys if key in flat]
+        raise ValueError(f"{where}: {', '.join(there)}{': ' if there else ''}{error}") from None
     _, context_length = _context_length(config)
-    return ModelConfig(**{**vars(config), "context_length": context_length})
+    return dataclasses.replace(config, context_length=context_length)
 
 
 def provenance(params: dict) -> dict[str, str]:
     """Where each field of `model_config(params)` comes from: keys of the file, or a default."""
-    where = "params.json: model." if _flat(params) is not params else "params.json: "
-    flat = _flat(params)
+    flat, prefix = _flat(params, "params.json")
+    where = f"params.json: {prefix}"
     found = {}
     for field, keys in _KEYS.items():
         there = [key for key in keys if key in flat]
@@ -129,8 +175,23 @@ def provenance(params: dict) -> dict[str, str]:
     return found
 
 
-def _flat(params: dict) -> dict:
-    return params["model"] if isinstance(params.get("model"), dict) else params
+def _flat(params: Any, where: str) -> tuple[dict, str]:
+    """The arguments of the model, and what comes before their names."""
+    inner = typed(params, dict, where=where).get("model")
+    return (inner, "model.") if isinstance(inner, dict) else (params, "")
+
+
+def _whole(key: str, number: float, where: str) -> int:
+    if not float(number).is_integer():  # inf and NaN are none either
+        raise ValueError(f"{where}: {key} must be a whole number, got {number}.")
+    return int(number)
+
+
+def _factor(key: str, number: float, where: str) -> float:
+    """What a width is multiplied by."""
+    if not 0 < number <= 1e6:  # nor is NaN
+        raise ValueError(f"{where}: {key} must be positive, and 1,000,000 at most, got {number}.")
+    return number
 
 
 def _context_length(config: ModelConfig) -> tuple[str, int]:
@@ -142,51 +203,52 @@ def _context_length(config: ModelConfig) -> tuple[str, int]:
     return "default: Meta's files do not say", _MAX_TOKENS
 
 
-def _dense_width(value: dict) -> int:
-    width = int(2 * int(4 * value["dim"]) / 3)
-    if value["ffn_dim_multiplier"] is not None:
-        width = int(value["ffn_dim_multiplier"] * width)
-    return width + -width % value["multiple_of"]
+def _dense_width(value: _Args, where: str) -> int:
+    width = int(2 * int(4 * value.dim) / 3)
+    if value.ffn_dim_multiplier is not None:
+        width = int(_factor("ffn_dim_multiplier", value.ffn_dim_multiplier, where) * width)
+    return width + -width % value.multiple_of
 
 
-def _expert_width(value: dict, moe: dict) -> int:
-    for key in ("ffn_exp", "ffn_dim_multiplier"):
-        if value[key] is None:
-            raise ValueError(f"params.json: {key} is missing, from which the width of the experts is derived.")
-    width = int(value["ffn_dim_multiplier"] * int(2 * int(value["ffn_exp"] * value["dim"]) / 3))
-    if moe["auto_scale_F"]:
-        width = int(width / (moe["capacity_factor"] + 1))
-    return width + -width % value["multiple_of"]
+def _expert_width(value: _Args, moe: _Experts, where: str) -> int:
+    if value.ffn_exp is None or value.ffn_dim_multiplier is None:
+        lost = "ffn_exp" if value.ffn_exp is None else "ffn_dim_multiplier"
+        raise ValueError(f"{where}: {lost} is missing, from which the width of the experts is derived.")
+    hidden = int(2 * int(_factor("ffn_exp", value.ffn_exp, where) * value.dim) / 3)
+    width = int(_factor("ffn_dim_multiplier", value.ffn_dim_multiplier, where) * hidden)
+    if moe.auto_scale_F:
+        width = int(width / (_factor("moe_args.capacity_factor", moe.capacity_factor, where) + 1))
+    return width + -width % value.multiple_of
 
 
-def _rope_scaling(value: dict) -> RopeScaling | None:
-    if not value["use_scaled_rope"]:
+def _rope_scaling(value: _Args) -> RopeScaling | None:
+    if not value.use_scaled_rope:
         return None
-    factor, high = value["rope_scaling_factor"], value["rope_high_freq_factor"]
     # The released Scout leaves both out; Meta's code then takes these.
     return RopeScaling(
-        factor=16.0 if factor is None else float(factor),
+        factor=16.0 if value.rope_scaling_factor is None else value.rope_scaling_factor,
         low_freq_factor=1.0,
-        high_freq_factor=1.0 if high is None else float(high),
+        high_freq_factor=1.0 if value.rope_high_freq_factor is None else value.rope_high_freq_factor,
         original_context=8192,
     )
 
 
-def _vision(args: dict) -> VisionConfig:
-    sides = {}
+def _vision(args: _Vision, where: str) -> VisionConfig:
     for key in ("image_size", "patch_size"):
-        if args[key]["height"] != args[key]["width"]:
-            raise ValueError(f"params.json: vision_args.{key} must be square, got {args[key]}.")
-        sides[key] = args[key]["height"]
+        sides = getattr(args, key)
+        if sides.height != sides.width:
+            got = f"{shown(sides.height)} x {shown(sides.width)}"
+            raise ValueError(f"{where}: vision_args.{key} must be square, got {got}.")
     return VisionConfig(
-        embed_dim=args["dim"],
-        num_layers=args["n_layers"],
-        num_heads=args["n_heads"],
-        mlp_dim=int(args["dim"] * args["mlp_ratio"]),
-        pixel_shuffle_ratio=float(args["pixel_shuffle_ratio"]),
-        adapter_dim=args["output_dim"],
-        output_dim=args["output_dim"],
-        **sides,
+        embed_dim=args.dim,
+        num_layers=args.n_layers,
+        num_heads=args.n_heads,
+        mlp_dim=int(args.dim * _factor("vision_args.mlp_ratio", args.mlp_ratio, where)),
+        image_size=args.image_size.height,
+        patch_size=args.patch_size.height,
+        pixel_shuffle_ratio=args.pixel_shuffle_ratio,
+        adapter_dim=args.output_dim,
+        output_dim=args.output_dim,
     )
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from etils import epath
 
 from llama4_jax.atomic import AnyPath, any_path
+from llama4_jax.untrusted_json import read_json, shortened, shown
 from llama4_jax.weights.mapped import FileTensor, Shape, reserve
-from llama4_jax.weights.safetensors import read_json
+from llama4_jax.weights.safetensors import CONFIG_BYTES
 
 PARAMS = "params.json"
 _EXTENSIONS = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
@@ -40,12 +41,14 @@ class MetaCheckpoint:
         self.path = any_path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"no such directory: {self.path}")
-        self.params: dict = read_json(self.path / PARAMS, "a Meta checkpoint has one")
+        self.params: dict = read_json(
+            self.path / PARAMS, of=dict, why="a Meta checkpoint has one", max_bytes=CONFIG_BYTES
+        )
         files = sorted(self.path.glob("consolidated.*.pth"))
         if not files:
             raise FileNotFoundError(f"no weights in {self.path}: consolidated.00.pth is not there.")
         for rank, file in enumerate(files):
-            if int(file.suffixes[-2].removeprefix(".")) != rank:
+            if file.name != f"consolidated.{rank:02d}.pth":
                 raise FileNotFoundError(f"missing shard: consolidated.{rank:02d}.pth is not in {self.path}.")
         self.ranks = [read_pth(file) for file in files]
         self.quantization, self.scales = self._scales()
@@ -82,11 +85,11 @@ def read_pth(path: AnyPath) -> dict[str, FileTensor]:
         if isinstance(value, io.BytesIO):
             continue
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: {name} is a {type(value).__name__}, expected a tensor.")
+            raise ValueError(f"{path}: {shown(name)} is a {type(value).__name__}, expected a tensor.")
         dtype = _numpy_dtype(value.dtype)
         offset = value.untyped_storage()._checkpoint_offset + value.storage_offset() * dtype.itemsize
         if offset + value.numel() * dtype.itemsize > size:
-            raise ValueError(f"{path} is truncated: {name} should end beyond the end of the file.")
+            raise ValueError(f"{path} is truncated: {shortened(name)} should end beyond the end of the file.")
         strides = None if value.is_contiguous() else tuple(step * dtype.itemsize for step in value.stride())
         tensors[name] = FileTensor(path, offset, dtype, tuple(value.shape), strides)
     return tensors

@@ -20,7 +20,6 @@ from llama4_jax.ops.quantization import Scheme, amax, encode, num_groups, pack_i
 from llama4_jax.weights import table
 from llama4_jax.weights.convert import DTYPES
 from llama4_jax.weights.load import preset_differences
-from llama4_jax.weights.safetensors import read_json
 from llama4_jax.weights.source import FileWeights, Weights, open_weights
 from llama4_jax.weights.table import SCALE, Index, Row, Shape
 from llama4_jax.weights.workplace import (
@@ -271,7 +270,7 @@ def _files(*arrays: Path) -> Iterator[Path]:
 def _config_json(source: Path, weights: Weights, scheme: Scheme) -> str:
     made = converted_to_json(weights.config, dict(weights.provenance), dataclasses.asdict(scheme))
     # Of a run that was trained this says how pictures are cut.
-    data = read_json(source / "config.json", "").get("data") if weights.format == "run" else None
+    data = read_json(source / "config.json", of=dict).get("data") if weights.format == "run" else None
     return made if data is None else json.dumps(json.loads(made) | {"data": data}, indent=1)
 
 

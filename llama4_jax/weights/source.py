@@ -12,10 +12,11 @@ from etils import epath
 from llama4_jax.atomic import AnyPath, any_path
 from llama4_jax.config import SavedModel, model_from_json
 from llama4_jax.model.config import ModelConfig
+from llama4_jax.untrusted_json import read_json, read_text, shortened
 from llama4_jax.weights import hf_config, meta_config, table
 from llama4_jax.weights.dequantize import HFTensors, MetaTensors, dequantized
 from llama4_jax.weights.meta_files import PARAMS, MetaCheckpoint
-from llama4_jax.weights.safetensors import HFCheckpoint, read_json
+from llama4_jax.weights.safetensors import CONFIG_BYTES, HFCheckpoint
 from llama4_jax.weights.table import Box, Index, Layout, Row, Shape, Tensors
 
 SourceFormat = Literal["hf", "meta", "run"]
@@ -64,6 +65,17 @@ class FileWeights:
     ranks: tuple[Tensors, ...] = field(repr=False)
     plan: table.Plan = field(repr=False)
     keep_quantized: bool = False
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What of the files is not used, in lines for whoever opens them."""
+        scales = self.plan.activation_scales
+        if not scales:
+            return ()
+        return (
+            f"{len(scales)} scales of activations, such as {shortened(scales[0])}, are not used: activations are not "
+            f"quantized here, or with scales of their own.",
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,7 +169,8 @@ class RunWeights:
 
 def saved_model(run: AnyPath) -> SavedModel:
     """What the config.json of a directory of ours says. Raises ValueError naming the field that is wrong."""
-    return model_from_json((run / "config.json").read_text(encoding="utf-8"))
+    file = run / "config.json"
+    return model_from_json(read_text(file, max_bytes=CONFIG_BYTES), where=str(file))
 
 
 def run_steps(run: AnyPath) -> list[int]:
@@ -210,11 +223,13 @@ def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weigh
         return RunWeights(path, saved_model(path), run_steps(path)[-1])
     if kind == "hf":
         checkpoint = HFCheckpoint(path)
-        config, provenance = hf_config.model_config(checkpoint.config), hf_config.provenance(checkpoint.config)
+        config = hf_config.model_config(checkpoint.config, str(path / "config.json"))
+        provenance = hf_config.provenance(checkpoint.config)
         ranks: tuple[Tensors, ...] = (HFTensors(checkpoint.tensors),)
     else:
         files = MetaCheckpoint(path)
-        config, provenance = meta_config.model_config(files.params), meta_config.provenance(files.params)
+        config = meta_config.model_config(files.params, str(path / PARAMS))
+        provenance = meta_config.provenance(files.params)
         ranks = tuple(MetaTensors(files, rank) for rank in range(len(files.ranks)))
     plan = table.plan_ranks(config, kind, ranks)
     return FileWeights(path, kind, config, provenance, ranks, plan, keep_quantized)
@@ -227,9 +242,13 @@ def open_config(path: epath.PathLike) -> ModelConfig:
         case "run":
             return saved_model(path).model
         case "hf":
-            return hf_config.model_config(read_json(path / "config.json", ""))
+            return hf_config.model_config(_read_config(path / "config.json"), str(path / "config.json"))
         case "meta":
-            return meta_config.model_config(read_json(path / PARAMS, ""))
+            return meta_config.model_config(_read_config(path / PARAMS), str(path / PARAMS))
+
+
+def _read_config(file: AnyPath) -> dict:
+    return read_json(file, of=dict, max_bytes=CONFIG_BYTES)
 
 
 def source_format(path: AnyPath) -> SourceFormat:
@@ -242,9 +261,9 @@ def source_format(path: AnyPath) -> SourceFormat:
         raise FileNotFoundError(
             f"{path} has neither config.json nor {PARAMS}: it is no Hugging Face or Meta directory, and no run."
         )
-    config = read_json(path / "config.json", "")
+    config = _read_config(path / "config.json")
     for kind, key in (("hf", "model_type"), ("run", "model")):
-        if isinstance(config, dict) and key in config:
+        if key in config:
             return kind
     raise ValueError(
         f"{path / 'config.json'} is of neither a Hugging Face model (no model_type) nor a run of train.py (no model)."

@@ -40,6 +40,7 @@ import numpy as np
 from einops import rearrange
 
 from llama4_jax.model.config import ModelConfig, VisionConfig
+from llama4_jax.untrusted_json import shortened
 from llama4_jax.weights.mapped import write_through
 
 Format = Literal["hf", "meta"]
@@ -54,6 +55,13 @@ VISION = {
 # What Meta's checkpoints hold beside weights: rotary tables, statistics and serialised states of their training.
 _META_IS_NO_WEIGHT = re.compile(
     r"rope\.freqs|freq_cis|.*\._extra_state|.*\.(global_gate_stats_3E|running_gate_stats_3E|expert_activation_DE)"
+)
+# What quantizers measure of activations, and of keys and values, beside a linear layer's weight. compressed-tensors:
+# input_scale, output_scale and zero points of a layer, q_scale, k_scale and v_scale of its attention; modelopt too, but
+# k_proj.k_scale and v_proj.v_scale; both have …_proj_input_scale for fused experts. fbgemm: input_scale_ub.
+_OF_ACTIVATIONS = re.compile(
+    r"(?P<owner>.+)\.((input|output)_(scale|zero_point)|input_scale_ub|[qkv]_(scale|zero_point)"
+    r"|(gate_up|down)_proj_input_scale(_ub)?)"
 )
 SCALE = "_scale"  # after the name of a quantized tensor, ours or a file's: the name of its scales
 LANGUAGE_MODEL = "language_model."  # Llama4ForConditionalGeneration puts it before the names of Llama4ForCausalLM
@@ -589,6 +597,7 @@ class Plan:
     matches: tuple[tuple[Row, Layout], ...]
     file_names: Mapping[str, str] = field(repr=False)  # of each name in the table
     vision: tuple[str, ...]  # tensors of the vision encoder and its projector, where the config has none
+    activation_scales: tuple[str, ...] = ()  # what a quantizer measured of activations; here these are measured anew
 
     @functools.cached_property
     def scales(self) -> frozenset[str]:
@@ -603,7 +612,7 @@ class Plan:
 def plan(config: ModelConfig, fmt: Format, shapes: Mapping[str, Shape], ranks: int = 1) -> Plan:
     """Finds every row in a checkpoint of these tensors (of one rank of `ranks`), reading nothing.
 
-    Raises ValueError naming every tensor that is unknown, missing, of another shape, or there twice.
+    Raises ValueError naming tensors that are unknown, missing, of another shape, or there twice: the first few.
     """
     file_names, vision, problems = _names_in_table(fmt, shapes, with_vision=config.vision is not None)
     matches: list[tuple[Row, Layout]] = []
@@ -630,15 +639,38 @@ def plan(config: ModelConfig, fmt: Format, shapes: Mapping[str, Shape], ranks: i
                 claimed.add(name)
         claimed.update(name for other in found for name in other.names)
         matches += stored
-    problems += [f"unknown: {name}" for name in file_names if name not in claimed]
+    unclaimed = [name for name in file_names if name not in claimed]
+    of_activations = _activation_scales(unclaimed, claimed) if fmt == "hf" else []
+    passed_over = set(of_activations)
+    problems += [f"unknown: {name}" for name in unclaimed if name not in passed_over]
     if problems:
         raise ValueError(
-            f"the checkpoint does not fit the model's config in {len(problems)} point(s):\n  "
-            + "\n  ".join(problems[:20])
-            + ("\n  …" if len(problems) > 20 else "")
+            f"the checkpoint does not fit the model's config in {len(problems)} point(s):\n  {_listed(problems)}"
             + "\nCheck that the config and the weights belong together."
         )
-    return Plan(tuple(matches), file_names, tuple(vision))
+    return Plan(tuple(matches), file_names, tuple(vision), tuple(file_names[name] for name in of_activations))
+
+
+def _activation_scales(names: Sequence[str], weights: set[str]) -> list[str]:
+    """Those of the names that are scales and zero points of activations, beside weights that the table knows."""
+    owner_of = {name: match["owner"] for name in names if (match := _OF_ACTIVATIONS.fullmatch(name))}
+    wanted = set(owner_of.values())
+    if not wanted:
+        return []
+    owners = {name[: dot.start()] for name in weights for dot in re.finditer(r"\.", name)} & wanted
+    return [name for name, owner in owner_of.items() if owner in owners]
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """The first of them, one a line, in some 350 characters."""
+    lines, room = [], 350
+    for problem in problems[:20]:
+        line = shortened(problem, 160)
+        room -= len(line) + 3
+        if lines and room < 0:
+            break
+        lines.append(line)
+    return "\n  ".join(lines) + ("\n  …" if len(lines) < len(problems) else "")
 
 
 def _quantized(
@@ -746,5 +778,5 @@ def _checked_rows(config: ModelConfig, ours: Ours) -> list[Row]:
         elif tuple(array.shape) != shapes[name]:
             problems.append(f"wrong shape: {name} is {list(array.shape)}, expected {list(shapes[name])}")
     if problems:
-        raise ValueError(f"cannot write these weights, {len(problems)} point(s):\n  " + "\n  ".join(problems[:20]))
+        raise ValueError(f"cannot write these weights, {len(problems)} point(s):\n  {_listed(problems)}")
     return table

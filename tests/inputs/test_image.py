@@ -226,7 +226,7 @@ def test_a_tokenizer_without_the_tokens_is_named_as_the_cause():
 @pytest.mark.parametrize("field", ["tile_size", "max_tiles", "tokens_per_tile"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_a_config_that_makes_no_tiles_is_an_error(field, value):
-    with pytest.raises(ValueError, match=f"image config: {field} is {value}, and should be a whole number from 1 on"):
+    with pytest.raises(ValueError, match=f"image config: {field} is {value}, and should be a whole number from 1 to"):
         ImageConfig(**{field: value})
 
 

@@ -116,7 +116,7 @@ def test_forward_flops_are_two_for_each_active_weight_plus_the_scores():
         ({"embed_dim": 0}, "model.embed_dim must be at least 1, got 0"),
         ({"moe_layers": (True,)}, "one entry for each of the 8 layers, got 1"),
         ({"attention_chunk": 0}, "model.attention_chunk must be at least 1 or None, got 0"),
-        ({"nope_interval": -1}, "model.nope_interval must be 0"),
+        ({"nope_interval": -1}, "model.nope_interval must be at least 0 .never., got -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(change, message):
