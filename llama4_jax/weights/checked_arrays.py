@@ -8,7 +8,10 @@ were written without are read as before.
 Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/v1.0.html
 """
 
+import logging
+import os
 import re
+import sys
 
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -42,8 +45,40 @@ if not hasattr(tensorstore_utils.build_array_write_spec, "__wrapped__"):
 
 
 def tree_handler(**options) -> ocp.PyTreeCheckpointHandler:
-    """Writes trees whose arrays have checksums."""
-    return ocp.PyTreeCheckpointHandler(use_zarr3=True, **options)
+    """Writes trees whose arrays have checksums, with the limits of Orbax's StandardCheckpointHandler."""
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, save_concurrent_gb=96, restore_concurrent_gb=96, **options)
+
+
+class _RaisedToo(logging.Filter):
+    """Leaves out what is logged, with a traceback each, of errors in Orbax's threads that it also raises where they are
+    awaited: a full disk would be said two dozen times."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info:
+            return True
+        files, trace = [record.pathname], record.exc_info[2]
+        while trace is not None:
+            files.append(trace.tb_frame.f_code.co_filename)
+            trace = trace.tb_next
+        return not any("/orbax/checkpoint/" in file.replace(os.sep, "/") for file in files)
+
+
+def say_errors_once() -> None:
+    """From now on Orbax only raises the errors of its threads. For a program that writes checkpoints."""
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    if any(isinstance(each, _RaisedToo) for each in logs[0].filters):
+        return
+    for log in logs:
+        log.addFilter(_RaisedToo())
+    before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        # Writes that end after another has failed find that nobody waits for them: TensorStore would print that.
+        closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+        if not closed:
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def has_checksum(store: ts.TensorStore) -> bool:
@@ -53,8 +88,8 @@ def has_checksum(store: ts.TensorStore) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why an array could not be read, in a line that begins with its name. Orbax prints pages, and TensorStore's own
-    words are in the cause."""
+    """Why an array could not be read or written, in a line that begins with its name. Orbax prints pages, and
+    TensorStore's own words are in the cause."""
     link: BaseException | None = error
     said = None
     for _ in range(8):  # of causes
@@ -68,10 +103,15 @@ def reason_of(error: BaseException) -> str:
         return text.splitlines()[0][:200] if text else type(error).__name__
     code, _, text = said.partition(": ")
     name = re.search(r'"(?:[^"]*?/)??([^/"]+)/(?:c[0-9/]*|zarr\.json|\.zarray|[0-9.]+)"', text)
-    if "Digest mismatch" in text or "CRC" in text:
+    of_system = re.search(r"os_error_code='(\d+)'", text)
+    if of_system and code != "NOT_FOUND":
+        what = os.strerror(int(of_system[1]))
+    elif "Digest mismatch" in text or "CRC" in text:
         what = "its bytes do not fit their checksum"
     elif code == "NOT_FOUND" or "size of 0 bytes" in text:
         what = "a part of it is not there"
     else:
         what = f"it cannot be decoded ({code}: …{text[-80:]})"
+    if of_system and not name:
+        return what
     return f"{name[1]}: {what}" if name else f"{code}: {text}"[:200]

@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llama4_jax.atomic import AnyPath, in_bucket
-from llama4_jax.weights.checked_arrays import reason_of, tree_handler
+from llama4_jax.weights.checked_arrays import reason_of, say_errors_once, tree_handler
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
 LOOKS = 10  # for a checkpoint, while another process replaces them
@@ -71,6 +71,8 @@ class Checkpoints:
         run = epath.Path(run)
         self.directory = (run if in_bucket(run) else run.resolve()) / "checkpoints"
         self._say, self._read_only = say, read_only
+        if not read_only:
+            say_errors_once()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
         )
@@ -111,7 +113,8 @@ class Checkpoints:
         self._guard(None, self._manager.wait_until_finished)
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits as `wait` does, and raises as it does."""
+        self._guard(None, self._manager.close)
 
     def _guard(self, step: int | None, write: Callable[[], Any]) -> None:
         try:
@@ -122,7 +125,7 @@ class Checkpoints:
             if not in_bucket(self.directory):
                 room = f" ({shutil.disk_usage(self.directory).free / 2**20:,.0f} MiB are free there)"
             raise OSError(
-                f"a checkpoint could not be written to {self.directory}{room}: {error}\n"
+                f"a checkpoint could not be written to {self.directory}{room}: {reason_of(error)}\n"
                 f"The earlier checkpoints are intact: {kept}. Make room, then run the same command to go on."
             ) from error
 
