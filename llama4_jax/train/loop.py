@@ -35,6 +35,7 @@ from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.processor import image_config
 from llama4_jax.sharding import make_mesh
 from llama4_jax.train import hosts
+from llama4_jax.train.lock import alone
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import learning_rate
@@ -74,8 +75,13 @@ def train(config: RunConfig) -> epath.Path:
         parts = prepare(config)
     run, trainer, batches = parts.directory, parts.trainer, parts.batches
     hosts.check_same("data", {"what data.sources hold": batches.get_state()["data"]})
-    checkpoints = Checkpoints(run, keep=config.keep_checkpoints)
-    with jax.set_mesh(parts.mesh), stop_signals(parts.mesh) as stop, contextlib.closing(checkpoints):
+    make = functools.partial(Checkpoints, run, keep=config.keep_checkpoints)
+    with (
+        alone(run),
+        jax.set_mesh(parts.mesh),
+        stop_signals(parts.mesh) as stop,
+        contextlib.closing(make()) as checkpoints,
+    ):
         hosts.check_same("run_dir, which all must share", {f"checkpoints in {run}": str(checkpoints.steps())})
         state = restore(config, trainer, checkpoints, batches)
         first = int(state.step)

@@ -1,8 +1,10 @@
 """Where a run's figures go: the console, metrics.jsonl and TensorBoard. And how fast the machine could be, for MFU."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -88,19 +90,19 @@ class Log:
         self.console.print(line, markup=False)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard."""
+        """One line of metrics.jsonl, and the same to TensorBoard. Raises OSError if the disk does not take them."""
         if self._file is None:
             return
+        with self._said_where():
+            self._write(step, values)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **{k: _json_number(v) for k, v in values.items()}}) + "\n")
         if not isinstance(self._file, _LinesInBucket):
             self._file.flush()
         if self._board is None:
-            from tensorboardX import SummaryWriter  # heavy, and not needed before the first figure
-
-            self._board = SummaryWriter(str(self._board_directory))
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+            self._board = _Board(self._board_directory)
+        self._board.write(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
 
     def show(self, step: int, text: str) -> None:
         """The state of the run, in one line."""
@@ -121,10 +123,46 @@ class Log:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with self._said_where():
+            if self._file is not None:
+                self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _said_where(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"the figures of the run could not be written beside {self._board_directory}: "
+                f"{error.strerror or error}. Make room, then run the same command to go on from the last checkpoint."
+            ) from error
+
+
+class _Board:
+    """The files that TensorBoard reads. They are written in the thread of the caller: tensorboardX's own writer has
+    another, which a full disk ends, and then waits for it for ever."""
+
+    def __init__(self, directory: epath.Path):
+        from tensorboardX.event_file_writer import EventsWriter  # heavy, and not needed before the first figure
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"))
+        self._flushed = 0.0
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        if time.monotonic() - self._flushed > 60:  # which may be an upload
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _json_number(value: Any) -> Any:

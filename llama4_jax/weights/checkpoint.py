@@ -6,11 +6,15 @@
 what else the optimizer needs; `progress` is JSON: the step, and where each process stands in its data. Orbax
 writes into a directory with a temporary name and renames it when it is complete, so a killed run leaves no half
 checkpoint that could be taken for a whole one. Each process writes what its devices hold, and reads what they will,
-whichever processes wrote it; all of them must see the same directory.
+whichever processes wrote it; all of them must see the same directory. Every stored piece of an array has a checksum
+(`checked_arrays`), and so has `progress`: what is damaged is noticed when it is read.
 """
 
+import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +23,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llama4_jax.atomic import in_bucket
+from llama4_jax.atomic import AnyPath, in_bucket
+from llama4_jax.weights.checked_arrays import reason_of, say_errors_once, tree_handler
 
 MODEL, TRAINING, PROGRESS = "model", "training", "progress"
+LOOKS = 10  # for a checkpoint, while another process replaces them
+_CHECKSUM = "crc32"  # in progress: of the rest of it
 
 # So that a part of an array that stacks layers can be read, and exported, without the rest.
 _SAVE_ARGS = ocp.SaveArgs(chunk_byte_size=32 * 2**20)
@@ -64,16 +71,19 @@ class Checkpoints:
         run = epath.Path(run)
         self.directory = (run if in_bucket(run) else run.resolve()) / "checkpoints"
         self._say, self._read_only = say, read_only
+        if not read_only:
+            say_errors_once()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
         )
-        self._handlers = {
+        writers = {MODEL: tree_handler(), TRAINING: tree_handler(), PROGRESS: ocp.JsonCheckpointHandler()}
+        self._handlers = {  # to read, also what was written without checksums
             MODEL: ocp.StandardCheckpointHandler(),
             TRAINING: ocp.StandardCheckpointHandler(),
             PROGRESS: ocp.JsonCheckpointHandler(),
         }
         self._open: Callable[[], ocp.CheckpointManager] = lambda: ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=self._handlers
+            self.directory, options=options, item_handlers=writers
         )
         self._manager = self._open()
 
@@ -90,9 +100,9 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{
-                        MODEL: ocp.args.StandardSave(model, dict.fromkeys(model, _SAVE_ARGS)),
-                        TRAINING: ocp.args.StandardSave(training),
-                        PROGRESS: ocp.args.JsonSave(progress),
+                        MODEL: ocp.args.PyTreeSave(model, dict.fromkeys(model, _SAVE_ARGS)),
+                        TRAINING: ocp.args.PyTreeSave(training),
+                        PROGRESS: ocp.args.JsonSave(progress | {_CHECKSUM: _checksum(progress)}),
                     }
                 ),
             ),
@@ -103,7 +113,8 @@ class Checkpoints:
         self._guard(None, self._manager.wait_until_finished)
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits as `wait` does, and raises as it does."""
+        self._guard(None, self._manager.close)
 
     def _guard(self, step: int | None, write: Callable[[], Any]) -> None:
         try:
@@ -114,7 +125,7 @@ class Checkpoints:
             if not in_bucket(self.directory):
                 room = f" ({shutil.disk_usage(self.directory).free / 2**20:,.0f} MiB are free there)"
             raise OSError(
-                f"a checkpoint could not be written to {self.directory}{room}: {error}\n"
+                f"a checkpoint could not be written to {self.directory}{room}: {reason_of(error)}\n"
                 f"The earlier checkpoints are intact: {kept}. Make room, then run the same command to go on."
             ) from error
 
@@ -125,15 +136,32 @@ class Checkpoints:
           by default the model is read as it was saved, and the training state is not
 
         A damaged checkpoint is said aloud, and the one before it is tried; once one is read, the damaged ones after it
-        are renamed to `<step>.damaged`. One is damaged if any process cannot read what it needs of it. Raises
-        ValueError if all are damaged, which changes nothing; and if a sound one holds other arrays than those asked
-        for.
+        are renamed to `<step>.damaged`. One is damaged if any process cannot read what it needs of it, be it that a
+        checksum does not fit. Raises ValueError if all are damaged, which changes nothing; and if a sound one holds
+        other arrays than those asked for.
         """
-        steps, damaged = self.steps()[::-1], []
+        for _ in range(LOOKS):
+            found, damaged, replaced = self._newest_of(self.steps()[::-1], abstract)
+            if not replaced:
+                break
+            self._manager.reload()
+        else:
+            raise OSError(replaced_too_often(self.directory))
+        if found is None and damaged:
+            reason = next(iter(damaged.values()))
+            raise ValueError(all_damaged(self.directory, sorted(damaged), reason))
+        if found is not None:
+            self._set_aside(list(damaged))
+        return found
+
+    def _newest_of(self, steps: list[int], abstract) -> tuple[Saved | None, dict[int, str], bool]:
+        """The first of these that can be read; the damaged ones before it, and why; and whether another process, which
+        trains the run that is only read here, has meanwhile replaced one that could not be."""
+        damaged: dict[int, str] = {}
         for step in steps:
             found, reason = None, None
             try:
-                progress = dict(self._restore(step, {PROGRESS: ocp.args.JsonRestore()})[PROGRESS])
+                progress = self._read_progress(step)
                 model, training = abstract() if abstract else (None, None)
                 wanted = {MODEL: ocp.args.StandardRestore(model)}
                 if training is not None:
@@ -144,24 +172,30 @@ class Checkpoints:
             except OtherArrays:
                 raise
             except Exception as error:  # a damaged file may show as anything
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                reason = reason_of(error)
+                if self._read_only and jax.process_count() == 1 and was_replaced(self.directory, step, steps):
+                    return None, {}, True
             if _in_every_process(found is not None):
-                self._set_aside(damaged)
-                return found
-            reason = reason or "another process cannot read its part"
-            self._say(f"checkpoint {self.directory / str(step)} is damaged ({reason}); trying the one before.")
-            damaged.append(step)
-        if steps:
-            raise ValueError(f"none of the checkpoints {steps} in {self.directory} can be read: all are damaged.")
-        return None
+                return found, damaged, False
+            damaged[step] = reason or "another process cannot read its part"
+            self._say(f"checkpoint {self.directory / str(step)} is damaged ({damaged[step]}); trying the one before.")
+        return None, damaged, False
+
+    def _read_progress(self, step: int) -> dict[str, Any]:
+        """Raises ValueError if its bytes do not fit their checksum."""
+        progress = dict(self._restore(step, {PROGRESS: ocp.args.JsonRestore()})[PROGRESS])
+        expected = progress.pop(_CHECKSUM, None)  # of old checkpoints there is none
+        if expected is not None and expected != _checksum(progress):
+            raise ValueError("progress: its bytes do not fit their checksum")
+        return progress
 
     def _check_fits(self, step: int, wanted: dict[str, dict | None]) -> None:
         """Raises OtherArrays if the checkpoint is sound but holds other names or shapes than these."""
-        metadata = self._manager.item_metadata(step)
         for item, arrays in wanted.items():
             if arrays is None:
                 continue
-            saved = {name: tuple(x.shape) for name, x in metadata[item].items()}
+            metadata = self._handlers[item].metadata(self.directory / str(step) / item)
+            saved = {name: tuple(x.shape) for name, x in metadata.items()}
             shapes = {name: tuple(x.shape) for name, x in arrays.items()}
             differing = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
             if differing:
@@ -191,6 +225,43 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints are renamed")
         self._manager.close()
         self._manager = self._open()
+
+
+def was_replaced(checkpoints: AnyPath, step: int, known: Iterable[int]) -> bool:
+    """Whether a checkpoint that could not be read is gone, or going, since a newer one than the known ones is there."""
+    time.sleep(0.1)  # a directory goes file by file
+    there = checkpoint_steps(checkpoints)
+    return step not in there or max(there) > max(known)
+
+
+def checkpoint_steps(checkpoints: AnyPath) -> list[int]:
+    """Of the complete checkpoints in a directory, oldest first."""
+    for last in (False,) * 9 + (True,):
+        try:
+            return sorted(ocp.utils.checkpoint_steps(checkpoints))
+        except FileNotFoundError:  # one was just renamed or removed
+            if last:
+                raise
+            time.sleep(0.05)
+    raise AssertionError
+
+
+def all_damaged(checkpoints: AnyPath, steps: list[int], reason: str) -> str:
+    return (
+        f"none of the checkpoints {steps} in {checkpoints} can be read: all are damaged. The newest: {reason}. Copy "
+        f"them from where they are sound, or make them anew; llama4 inspect --verify names every damaged array."
+    )
+
+
+def replaced_too_often(checkpoints: AnyPath) -> str:
+    return (
+        f"the checkpoints in {checkpoints} were replaced {LOOKS} times while they were read: the run is being trained "
+        f"and keeps too few of them for this. Give it a larger keep_checkpoints, or read a copy."
+    )
+
+
+def _checksum(progress: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(progress, sort_keys=True).encode())
 
 
 def _in_every_process(read: bool) -> bool:

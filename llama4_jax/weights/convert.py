@@ -95,7 +95,7 @@ def convert(
     as_they_are = {n for scale in weights.plan.scales for n in (scale, scale.removesuffix(SCALE)) if keep_quantized}
     targets = {name: _target(weights, name, None if name in as_they_are else dtype) for name in weights.names}
     jobs = [Job(name, weights.shape(name), target) for name, target in targets.items()]
-    identity = {"from": identity_of(source), "dtype": dtype, "keep_quantized": keep_quantized}
+    identity = {"from": identity_of(source), "dtype": dtype, "keep_quantized": keep_quantized, "arrays": "zarr3"}
     with Workplace(destination, identity, jobs) as work:
 
         def prepare(job: Job) -> Write:

@@ -211,27 +211,45 @@ def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
 
 
 def load_run(run: AnyPath, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
-    """The model of a run directory's newest readable checkpoint. Raises as `from_pretrained` does."""
-    saved, steps = saved_model(run), run_steps(run)
-    for step in reversed(steps):
-        try:
-            weights = RunWeights(run, saved, step)
-        except Exception as error:  # a damaged file may show as anything
-            _say_damaged(run, step, error)
-            continue
-        empty = _empty_model(weights, precision, mesh, activations)  # what is wrong here is no damage
-        try:
-            return _fill(empty)
-        except Exception as error:
-            _say_damaged(run, step, error)
-    raise ValueError(f"none of the checkpoints {steps} in {run / 'checkpoints'} can be read: all are damaged.")
+    """The model of a run directory's newest readable checkpoint, also while another process trains the run and replaces
+    its checkpoints. Each that is damaged is said on stderr. Raises as `from_pretrained` does."""
+    # Here, since Orbax takes a second to import.
+    from llama4_jax.weights.checkpoint import LOOKS, all_damaged, replaced_too_often, was_replaced
+
+    for _ in range(LOOKS):
+        saved, steps, reasons = saved_model(run), run_steps(run), []
+        for step in reversed(steps):
+            try:
+                weights = RunWeights(run, saved, step)
+            except Exception as error:  # a damaged file may show as anything
+                reasons.append(error)
+            else:
+                empty = _empty_model(weights, precision, mesh, activations)  # what is wrong here is no damage
+                try:
+                    return _fill(empty)
+                except (MemoryError, jax.errors.JaxRuntimeError):
+                    raise  # nor is this
+                except Exception as error:
+                    reasons.append(error)
+            if was_replaced(run / "checkpoints", step, steps):
+                break
+            _say_damaged(run, step, reasons[-1])
+        else:
+            raise ValueError(all_damaged(run / "checkpoints", steps, _reason(reasons[0])))
+    raise OSError(replaced_too_often(run / "checkpoints"))
 
 
 def _say_damaged(run: AnyPath, step: int, error: Exception) -> None:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     print(
-        f"checkpoint {run / 'checkpoints' / str(step)} is damaged ({reason}); trying the one before.", file=sys.stderr
+        f"checkpoint {run / 'checkpoints' / str(step)} is damaged ({_reason(error)}); trying the one before.",
+        file=sys.stderr,
     )
+
+
+def _reason(error: Exception) -> str:
+    from llama4_jax.weights.checked_arrays import reason_of
+
+    return reason_of(error)
 
 
 _SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "expert_mlp_dim",

@@ -17,6 +17,7 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
 from llama4_jax.atomic import AnyPath, in_bucket
+from llama4_jax.weights.checked_arrays import CHECKSUM, reason_of, tree_handler
 from llama4_jax.weights.checkpoint import MODEL, PROGRESS
 from llama4_jax.weights.table import Index, Shape
 
@@ -32,7 +33,11 @@ class StoredArray:
         self.dtype: np.dtype = self._store.dtype.numpy_dtype
 
     def read(self, part: Index) -> np.ndarray:
-        return self._store[part].read().result()
+        """Raises ValueError, naming the array, if a chunk that the part meets is lost or does not fit its checksum."""
+        try:
+            return self._store[part].read().result()
+        except (ValueError, OSError) as error:
+            raise ValueError(reason_of(error)) from error
 
     def write(self, part: Index, values: np.ndarray) -> None:
         self._store[part].write(values, can_reference_source_data_indefinitely=True).result()
@@ -65,17 +70,16 @@ def stored_arrays(checkpoint: AnyPath) -> dict[str, ts.TensorStore]:
 
 
 def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> StoredArray:
-    """An array on disk, uncompressed (weights do not compress), in chunks; what was there is deleted."""
+    """An array on disk, uncompressed (weights do not compress), in chunks with checksums; what was there is deleted."""
     store = ts.open(
         {
-            "driver": "zarr",
+            "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{path.absolute()}/"},
             "metadata": {
                 "shape": list(shape),
-                "chunks": list(chunk),
-                "dtype": dtype.str if dtype.isbuiltin == 1 else dtype.name,  # zarr's words, and TensorStore's
-                "compressor": None,
-                "fill_value": None,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+                "data_type": dtype.name,
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, CHECKSUM],
             },
             "store_data_equal_to_fill_value": True,
         },
@@ -114,7 +118,7 @@ def make_checkpoint(run: Path, arrays: Mapping[str, Path], step: int = 0) -> Non
     """Makes the checkpoint `run/checkpoints/STEP` of arrays that `create_array` wrote, by their names in it."""
     registry = type_handlers.create_type_handler_registry((_Waiting, _Move()))
     handlers = {
-        MODEL: ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry),
+        MODEL: tree_handler(use_ocdbt=False, type_handler_registry=registry),
         PROGRESS: ocp.JsonCheckpointHandler(),
     }
     with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers=handlers) as manager:

@@ -72,7 +72,7 @@ def quantize(
     for line in preset_differences(weights.config):
         say(line)
     jobs = [tensor.job for tensor in tensors.values()]
-    asked = {"quantize": dataclasses.asdict(scheme), "from": identity_of(source), "dtype": dtype}
+    asked = {"quantize": dataclasses.asdict(scheme), "from": identity_of(source), "dtype": dtype, "arrays": "zarr3"}
     with Workplace(destination, asked, jobs) as work:
 
         def prepare(job: Job) -> Write:

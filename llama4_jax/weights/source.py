@@ -155,8 +155,20 @@ class RunWeights:
         return self._arrays[name].dtype
 
     def read(self, name: str, part: Index | None = None) -> np.ndarray:
+        """Every stored piece that is met is held against its checksum. Raises ValueError for one that is damaged, and
+        OSError if the run has replaced the checkpoint since it was opened: what was read before is of another step."""
         whole = tuple(slice(0, size) for size in self.shape(name))
-        return self._arrays[name].read(whole if part is None else part)
+        try:
+            return self._arrays[name].read(whole if part is None else part)
+        except ValueError as error:
+            from llama4_jax.weights.checkpoint import was_replaced
+
+            if was_replaced(self.path / "checkpoints", self.step, [self.step]):
+                raise OSError(
+                    f"checkpoint {self.path / 'checkpoints' / str(self.step)} was replaced while it was read: the run is "
+                    f"being trained. Run the same command again, or give the run a larger keep_checkpoints."
+                ) from error
+            raise ValueError(damaged(self.path, self.step, error)) from error
 
     def parts(self, name: str, limit: int) -> Shape:
         array = self._arrays[name]
@@ -175,14 +187,41 @@ def saved_model(run: AnyPath) -> SavedModel:
 
 def run_steps(run: AnyPath) -> list[int]:
     """Of a run's complete checkpoints, oldest first. Raises FileNotFoundError if there are none."""
-    import orbax.checkpoint as ocp
+    from llama4_jax.weights.checkpoint import checkpoint_steps
 
     if not (run / "checkpoints").is_dir():
         raise FileNotFoundError(f"{run} holds no checkpoint: {run / 'checkpoints'} is not there yet.")
-    steps = sorted(ocp.utils.checkpoint_steps(run / "checkpoints"))
+    steps = checkpoint_steps(run / "checkpoints")
     if not steps:
         raise FileNotFoundError(f"{run} holds no complete checkpoint: there is none in {run / 'checkpoints'}.")
     return steps
+
+
+def newest_weights(run: AnyPath) -> "RunWeights":
+    """Those of a run's newest checkpoint, also while another process trains it and replaces its checkpoints.
+
+    Raises ValueError if the newest cannot be opened, naming what is wrong with it.
+    """
+    from llama4_jax.weights.checkpoint import LOOKS, replaced_too_often, was_replaced
+
+    for _ in range(LOOKS):
+        saved, steps = saved_model(run), run_steps(run)
+        try:
+            return RunWeights(run, saved, steps[-1])
+        except Exception as error:  # a damaged file may show as anything
+            if was_replaced(run / "checkpoints", steps[-1], steps):
+                continue
+            raise ValueError(damaged(run, steps[-1], error)) from error
+    raise OSError(replaced_too_often(run / "checkpoints"))
+
+
+def damaged(run: AnyPath, step: int, error: Exception) -> str:
+    from llama4_jax.weights.checked_arrays import reason_of
+
+    return (
+        f"checkpoint {run / 'checkpoints' / str(step)} is damaged: {reason_of(error)}. Take an earlier one (move this one "
+        f"away), copy it from where it is sound, or make it anew. llama4 inspect --verify names every damaged array."
+    )
 
 
 def locate(stored: Mapping[str, Shape], config: ModelConfig) -> dict[str, tuple[str, int | None]]:
@@ -220,7 +259,7 @@ def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weigh
     path = any_path(path)
     kind = source_format(path)
     if kind == "run":
-        return RunWeights(path, saved_model(path), run_steps(path)[-1])
+        return newest_weights(path)
     if kind == "hf":
         checkpoint = HFCheckpoint(path)
         config = hf_config.model_config(checkpoint.config, str(path / "config.json"))

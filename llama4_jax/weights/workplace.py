@@ -251,6 +251,6 @@ def _stored_name(name: str) -> str:
 
 def _bring_back(made: Path, arrays: Path) -> None:
     """Undoes what an interrupted call had begun to put together."""
-    for metadata in list((made / "checkpoints").glob("**/.zarray")):
+    for metadata in list((made / "checkpoints").glob("**/zarr.json")):
         metadata.parent.rename(arrays / metadata.parent.name)
     shutil.rmtree(made, ignore_errors=True)
