@@ -6,9 +6,11 @@
 
 Messages are OpenAI's (`inputs.messages`). A picture is a path, relative to the file's folder and in it, bytes, or both
 as data sets of Hugging Face have them ({"bytes": …, "path": …}). A path that leads out of the folder, by `..`, from the
-root or through a symbolic link, is an error: data may be anybody's, and should not read what is not theirs. It stands in a message, or in "images", of which each place
-without a picture of its own takes the next. In rows of pictures `<|image|>` marks their places; without it they come
-first. This is the one place where such text is more than text: the row's author decides where the pictures are.
+root or through a symbolic link, is an error: data may be anybody's, and should not read what is not theirs. Pictures
+that are kept elsewhere go into Parquet as bytes, or the rows into a folder above both.
+
+A picture stands in a message, or in "images", of which each place without a picture of its own takes the next. In rows
+of pictures `<|image|>` marks their places; without it they come first. This is the one place where such text is more than text: the row's author decides where the pictures are.
 """
 
 import dataclasses

@@ -120,8 +120,8 @@ def check_files(
 ) -> dict[int, bool]:
     """What `answer_file` can check without a model. Returns the lines that are answered → whether by an error.
 
-    Raises FileNotFoundError without a source, a directory for the destination or one of pictures; ValueError for settings out of range,
-    and if the destination is no file, or holds what answers other requests, or the same under other settings.
+    Raises FileNotFoundError without a source, a directory for the destination or one of pictures; ValueError for
+    settings out of range, and if the destination is no file, or holds what answers other requests, or the same under other settings.
     """
     check_whole("batch_size", batch_size, 1, MOST_ROWS)
     defaults = {**_DEFAULTS, **defaults}
@@ -292,13 +292,11 @@ def _beside(messages: Any, folder: Path, within: Path) -> list[Message]:
             return part
         return Picture(file_in(within, folder / part.source, name=where, hint="or say --images-under DIR"))
 
-    return [
-        dataclasses.replace(
-            message,
-            content=tuple(beside(part, f"messages[{i}].content[{j}]") for j, part in enumerate(message.content)),
-        )
-        for i, message in enumerate(read_messages(messages))
-    ]
+    said = []
+    for i, message in enumerate(read_messages(messages)):
+        content = tuple(beside(part, f"messages[{i}].content[{j}]") for j, part in enumerate(message.content))
+        said.append(dataclasses.replace(message, content=content))
+    return said
 
 
 def _reply(row: Sequence[int], line: int, tools: tuple[Tool, ...], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class Chat:
     ) -> Reply:
         """The user speaks, and the assistant answers; calls of `functions` are run and answered, so many times at most.
 
-        `on_event` is given text as it is written, and each call. Ctrl-C stops the reply: what was written stays, and the
-        conversation goes on from there (`interrupt` says how).
+        `on_event` is given text as it is written, and each call. Ctrl-C stops the reply, as `interrupt` says: what was
+        written stays, and the conversation goes on from there.
         Returns the last message of the assistant. If its finish_reason is "tool_calls", one of its calls is of no
         function, or the rounds are used up: `answer` goes on.
 

@@ -1,8 +1,8 @@
 """Files, bytes and arrays → RGB pictures: every kind that people have, and no harm from any.
 
 Whatever is handed in gives a picture or one ValueError that begins with the name the caller gave it, and never shows
-what a file holds. The content decides what a file is, never its name, and only formats of pixels are tried: nothing is given to an interpreter, as EPS
-would be. What a picture will cost is read from its header and judged before a pixel is decoded.
+what a file holds. The content decides what a file is, never its name, and only formats of pixels are tried: nothing is
+given to an interpreter, as EPS would be. What a picture will cost is read from its header and judged before a pixel is decoded.
 
 Both references leave some pictures wrong, and these are put right here: a photo is turned as its EXIF orientation says
 (neither does that), what is transparent becomes white in every mode (in Meta's code, in RGBA alone), and 16-bit greys
@@ -58,8 +58,8 @@ def file_in(folder: epath.PathLike, path: epath.PathLike, *, name: str, hint: st
         inside = f"{real(os.fspath(folder)).rstrip(separator)}{separator}"
         if not real(os.fspath(path)).startswith(inside):
             raise ValueError(
-                f"{name}: {shown(os.fspath(path))} leads out of the folder {shortened(os.fspath(folder))}, and pictures "
-                f"are read from there alone: put it there{', ' if hint else ''}{hint}."
+                f"{name}: {shown(os.fspath(path))} leads out of the folder {shortened(os.fspath(folder))}, and "
+                f"pictures are read from there alone: put it there{', ' if hint else ''}{hint}."
             )
         found = epath.Path(path)
         is_there = found.is_file()

@@ -217,8 +217,7 @@ class _Attempt:
     `send` raises StopIteration with the calls, or with a mark such as `<|python_end|>`, at its last character, and _Not
     at the first one that cannot belong to it. `held` is what was read, `sure` whether it can hardly be meant otherwise.
     `no_call`: why it is other JSON, which is read to its end as text, so that nothing inside is taken for a call; None:
-    it may still be one. `names`: only calls of these; None: of any. `declared`: names that need no arguments to be known
-    as a call.
+    it may still be one. `names`: only calls of these; None: of any. `declared`: names that alone make a call.
     """
 
     def __init__(self, names: frozenset[str] | None, declared: frozenset[str], marks: list[str]):
