@@ -90,6 +90,7 @@ class Batch(Model, Sampling, Cache):
 
     in_: Annotated[Path, tyro.conf.arg(name="in")]  # JSON Lines of requests; what they do not say is as the flags here
     out: Path  # JSON Lines of replies
+    images_under: Path | None = None  # pictures are read from this folder alone; else from that of the requests
     batch_size: int = 8  # requests answered together
     max_new_tokens: int = 512  # of a reply, at most
     temperature: float = 0.0  # 0: always the most likely token
@@ -106,16 +107,22 @@ class Score(Model):
 def main(arguments: list[str], prog: str = "infer.py") -> int:
     commands = {"generate": Generate, "chat": Chat, "batch": Batch, "score": Score}
     command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, description=__doc__)
+    make_devices(command.mesh)
+    from llama4_jax.infer import interrupt
+
     try:
-        match command:
-            case Generate():
-                generate(command)
-            case Chat():
+        if isinstance(command, Chat):
+            with interrupt.watched(always=sys.stdin.isatty()):
                 chat(command, prog)
-            case Batch():
-                return batch(command)
-            case Score():
-                score(command)
+            return 0
+        with interrupt.watched(), interrupt.stoppable():
+            match command:
+                case Generate():
+                    generate(command)
+                case Batch():
+                    return batch(command)
+                case Score():
+                    score(command)
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
@@ -123,6 +130,15 @@ def main(arguments: list[str], prog: str = "infer.py") -> int:
         print(file=sys.stderr)
         return 130
     return 0
+
+
+def make_devices(mesh: MeshConfig) -> None:
+    """On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for."""
+    if mesh.named_size > 1:
+        import jax
+
+        with contextlib.suppress(RuntimeError):  # it was asked for: then there are as many as there are
+            jax.config.update("jax_num_cpu_devices", mesh.named_size)
 
 
 def read_processor(options: Model):
@@ -141,9 +157,6 @@ def load(options: Model):
     from llama4_jax.sharding import make_mesh
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is opened to be read is read-only
-    # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.
-    if options.mesh.named_size > 1:
-        jax.config.update("jax_num_cpu_devices", options.mesh.named_size)
     # Compiling takes longer than most replies, so the next start finds what this one compiled.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "llama4_jax"))
@@ -159,14 +172,15 @@ def load(options: Model):
 
 
 def generate(options: Generate) -> None:
-    if options.num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {options.num_samples}.")
+    from llama4_jax.infer.sampling import MOST_ROWS, check_sampling, check_whole
+
+    check_whole("num_samples", options.num_samples, 1, MOST_ROWS)
     tools = read_tools_file(options.tools)
     pictures = [read_pictures(path, options.frames, name=f"--image {path}") for path in options.image]
     processor = read_processor(options)
 
     from llama4_jax import generate
-    from llama4_jax.infer.chat import check_sampling
+    from llama4_jax.infer import interrupt
     from llama4_jax.inputs.tokenizer import StreamDecoder
     from llama4_jax.processor import illustrated
 
@@ -189,6 +203,7 @@ def generate(options: Generate) -> None:
 
     def write(gained: list[list[int]]) -> None:
         nonlocal first
+        interrupt.check()
         if first is None:
             first = time.perf_counter()
             sys.stdout.write(shown if options.num_samples == 1 else "")
@@ -242,14 +257,11 @@ def read_tools_file(path: Path | None) -> tuple:
     if path is None:
         return ()
     from llama4_jax.inputs.messages import read_tools
+    from llama4_jax.untrusted_json import read_json
 
     if not path.is_file():
         raise FileNotFoundError(f"--tools: no such file: {path}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
-    return read_tools(value, where=str(path))
+    return read_tools(read_json(path), where=str(path))
 
 
 def read_pictures(path: Path, frames: int = 1, *, name: str) -> list:
@@ -269,6 +281,8 @@ Ctrl-C          stops a reply"""
 
 def chat(options: Chat, prog: str) -> None:
     from llama4_jax.infer import chat as infer_chat
+    from llama4_jax.infer import interrupt
+    from llama4_jax.infer.sampling import check_sampling
     from llama4_jax.inputs.messages import Picture
 
     tools, system = read_tools_file(options.tools), options.system
@@ -276,8 +290,9 @@ def chat(options: Chat, prog: str) -> None:
     processor = read_processor(options)
     if pictures and processor.pictures is None:
         raise ValueError(f"--image {options.image[0]}: a picture was given, but this model reads text alone.")
-    infer_chat.check_sampling(**sampling(options))
-    model, mesh = load(options)
+    check_sampling(**sampling(options))
+    with interrupt.stoppable():
+        model, mesh = load(options)
     import jax
 
     conversation = infer_chat.Chat(
@@ -327,8 +342,6 @@ def chat(options: Chat, prog: str) -> None:
                             end_reply(reply)
             except (ValueError, OSError) as error:
                 print(f"{prog}: {error}", file=sys.stderr)
-            except KeyboardInterrupt:  # before the first word of a reply was asked for
-                print("[stopped]", file=sys.stderr)
 
 
 def end_reply(reply) -> None:
@@ -342,21 +355,26 @@ def end_reply(reply) -> None:
 
 def ask(prompt: str) -> str | None:
     """A line that the user types; None at the end of the input. Ctrl-C here takes back what was typed."""
+    from llama4_jax.infer import interrupt
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # it gives `input` the arrow keys, and is not on every system
+    interrupt.pressed()  # what came after the end of a reply has nothing to stop
     while True:
         try:
-            return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")
+            with interrupt.stoppable():
+                return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return None
         except KeyboardInterrupt:
+            interrupt.pressed()
             print(file=sys.stderr)
 
 
 def batch(options: Batch) -> int:
     from llama4_jax.infer.batch import answer_file, check_files
 
-    how = {"batch_size": options.batch_size, **sampling(options)}
+    how = {"batch_size": options.batch_size, "images_under": options.images_under, **sampling(options)}
     check_files(options.in_, options.out, **how)
     processor = read_processor(options)
     model, mesh = load(options)

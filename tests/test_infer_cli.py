@@ -410,7 +410,7 @@ IMAGE = ["--image", "PLACE/a.png"]
         (["generate", "SEES", "--prompt", "x", "--image", "PLACE/no.png"],
          "--image PLACE/no.png: there is no file PLACE/no.png"),
         (["generate", "SEES", "--prompt", "x", "--image", "PLACE/text.txt"],
-         "--image PLACE/text.txt is not a picture that can be read: it begins with b'no picture'. PNG, JPEG"),
+         "--image PLACE/text.txt is not a picture that can be read: PNG, JPEG"),
         (["generate", "SEES", "--prompt", "<|image|><|image|>", *IMAGE],
          "the prompt has 2 places for pictures (<|image|>), and 1 pictures were given: each picture needs a place"),
         (["generate", "SEES", "--prompt", "What?", *IMAGE],

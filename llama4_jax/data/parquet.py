@@ -2,9 +2,23 @@
 
 A row can only be read with its whole row group. So a row group is a block of the data set (shuffling goes through
 blocks in random order, and through the rows of a block in random order), and those in use are kept.
+
+A row gives the document that the same row gives as a line of JSON Lines, whatever types Arrow keeps it in: strings
+large or in a dictionary, lists of every kind, maps, structs. Three things a file of Arrow's types cannot tell, so they
+are settled here for all:
+
+- Every struct of a column has the same fields, and those that a row had not are null. So a null in a struct is a field
+  that is not there: `{"city": "Oslo", "zone": null}` is `{"city": "Oslo"}`. Nulls in lists and in maps were written, and
+  stay.
+- The fields of all structs stand in one order, that of the type.
+- What stood as 1 beside a 2.5 is 1.0, and what was a date in a string may be a timestamp. The first is taken as it is;
+  timestamps and other values that JSON does not have are an error where JSON is meant, as in the arguments of a call.
+
+Arguments and tools kept as strings of JSON keep nulls, order and numbers.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +28,7 @@ from etils import epath
 from llama4_jax.atomic import in_bucket
 from llama4_jax.data.documents import Document, Documents, empty_error, find_files, hash64
 from llama4_jax.data.rows import RowReader
+from llama4_jax.untrusted_json import shortened
 
 _CACHE = 1 << 30  # bytes of row groups to keep. The rows of a batch drift apart, so several are in use at a time.
 
@@ -60,10 +75,16 @@ class ParquetDocuments(Documents):
         inside = index - int(self._firsts[group])
         number, group_in_file = self._groups[group]
         path, table = self._paths[number], self._read(group)
-        row = {name: table.column(name)[inside].as_py() for name in table.column_names}
+        where = f"{path}, row {inside} of row group {group_in_file}"
+        try:
+            row = {
+                name: _plain(table.column(name)[inside].as_py(), table.field(name).type) for name in table.column_names
+            }
+        except ValueError as error:  # a string that is no UTF-8, two fields of one name, a date beyond Python's
+            raise ValueError(f"{where} cannot be read: {shortened(str(error), 200)}.") from error
         if row[self._rows.field] is None:
             raise _null_error(str(path), self._rows.field)
-        return self._rows.read(row, f"{path}, row {inside} of row group {group_in_file}", path.parent)
+        return self._rows.read(row, where, path.parent)
 
     def _read_group(self, group: int) -> pa.Table:
         number, group_in_file = self._groups[group]
@@ -77,12 +98,38 @@ def _open(path: epath.Path) -> pq.ParquetFile:
     return pq.ParquetFile(pa.PythonFile(path.open("rb"), "r") if in_bucket(path) else path)
 
 
+def _plain(value: Any, kind: pa.DataType) -> Any:
+    """A value of Arrow's as JSON would have it: structs without their nulls, and maps as dicts."""
+    if value is None:
+        return None
+    kind = _stored(kind)
+    if isinstance(kind, pa.StructType):
+        return {field.name: _plain(value[field.name], field.type) for field in kind if value[field.name] is not None}
+    if isinstance(kind, pa.MapType):
+        return {_plain(key, kind.key_type): _plain(inner, kind.item_type) for key, inner in value}
+    if isinstance(value, list):
+        return [_plain(inner, kind.value_type) for inner in value]
+    return value
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """What a type that only says how values are kept is made of."""
+    while isinstance(kind, pa.BaseExtensionType | pa.DictionaryType | pa.RunEndEncodedType):
+        kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind.value_type
+    return kind
+
+
+def _holds_strings(kind: pa.DataType) -> bool:
+    kind = _stored(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def _check_column(file: pq.ParquetFile, column: str, path: str, *, strings: bool) -> int | None:
     """The number of a column that must be there; None if it is made of several."""
     schema = file.schema_arrow
     if column not in schema.names:
         raise ValueError(f"{path} has no column {column!r}, but {', '.join(map(repr, schema.names))}. Name one with #.")
-    if strings and schema.field(column).type not in (pa.string(), pa.large_string()):
+    if strings and not _holds_strings(schema.field(column).type):
         raise ValueError(f"{path}: the column {column!r} should hold strings, and holds {schema.field(column).type}.")
     numbers = (i for i in range(file.metadata.num_columns) if file.schema.column(i).path == column)
     return next(numbers, None)

@@ -4,15 +4,17 @@
     chat        {"messages": [{"role": "user", "content": […]}, …], "tools": […], "images": […]}
     pictures    {"text": "A cat: <|image|>", "images": […]}     or "image": a single one
 
-Messages are OpenAI's (`inputs.messages`). A picture is a path, relative to the file's folder, bytes, or both as data
-sets of Hugging Face have them ({"bytes": …, "path": …}). It stands in a message, or in "images", of which each place
-without a picture of its own takes the next. In rows of pictures `<|image|>` marks their places; without it they come
-first. This is the one place where such text is more than text: the row's author decides where the pictures are.
+Messages are OpenAI's (`inputs.messages`). A picture is a path, relative to the file's folder and in it, bytes, or both
+as data sets of Hugging Face have them ({"bytes": …, "path": …}). A path that leads out of the folder, by `..`, from the
+root or through a symbolic link, is an error: data may be anybody's, and should not read what is not theirs. Pictures
+that are kept elsewhere go into Parquet as bytes, or the rows into a folder above both.
+
+A picture stands in a message, or in "images", of which each place without a picture of its own takes the next. In rows
+of pictures `<|image|>` marks their places; without it they come first. This is the one place where such text is more than text: the row's author decides where the pictures are.
 """
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +23,9 @@ from etils import epath
 
 from llama4_jax.data.documents import Conversation, Document, Illustrated
 from llama4_jax.inputs.messages import Message, Picture, read_messages, read_tools
+from llama4_jax.inputs.picture_files import file_in
 from llama4_jax.inputs.pictures import IMAGE
+from llama4_jax.untrusted_json import parse_json, shown
 
 
 class RowReader(NamedTuple):
@@ -41,7 +45,7 @@ class RowReader(NamedTuple):
 def text_rows(field: str) -> RowReader:
     def read(row: dict[str, Any], where: str, folder: epath.Path) -> str:
         if not isinstance(row[field], str):
-            raise ValueError(f"{where}: the field {field!r} should be a string, and is {row[field]!r:.40}.")
+            raise ValueError(f"{where}: the field {field!r} should be a string, and is {shown(row[field])}.")
         return row[field]
 
     return RowReader(field, (), read)
@@ -71,7 +75,7 @@ def _read_chat(field: str, row: dict[str, Any], where: str, folder: epath.Path) 
 
 def _read_pictures(field: str, row: dict[str, Any], where: str, folder: epath.Path) -> Illustrated:
     if not isinstance(row[field], str):
-        raise ValueError(f"{where}: the field {field!r} should be a string, and is {row[field]!r:.40}.")
+        raise ValueError(f"{where}: the field {field!r} should be a string, and is {shown(row[field])}.")
     texts = row[field].split(IMAGE)
     if len(texts) == 1:  # no place is marked
         given = _given(row, where)
@@ -99,7 +103,7 @@ def _pictures(row: dict[str, Any], where: str, folder: epath.Path, places: list[
 def _given(row: dict[str, Any], where: str) -> list[Any]:
     single, several = row.get("image"), row.get("images")
     if several is not None and not isinstance(several, list):
-        raise ValueError(f"{where}: images should be a list, and is {several!r:.40}.")
+        raise ValueError(f"{where}: images should be a list, and is {shown(several)}.")
     return ([] if single is None else [single]) + (several or [])
 
 
@@ -109,18 +113,10 @@ def _found(source: Any, where: str, folder: epath.Path) -> epath.Path | bytes:
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
-        raise ValueError(f"{where}: a picture should be a path or bytes, and is {source!r:.40}.")
-    path = folder / source
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: there is no picture {path}.")
-    return path
+        raise ValueError(f"{where}: a picture should be a path or bytes, and is {shown(source)}.")
+    return file_in(folder, folder / source, name=where)
 
 
 def _loaded(value: Any, where: str) -> Any:
     """Columns of nested lists are often kept as JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: this is no JSON: {error}.") from error
+    return parse_json(value, where=where) if isinstance(value, str) else value

@@ -2,7 +2,8 @@
 
 A request is a line of JSON as OpenAI's API takes it: {"messages": […], "tools": […], "max_tokens": 100, "temperature":
 0.7, "top_p": 0.9, "top_k": 40, "seed": 0}, or with that as "body", as in OpenAI's batches ("custom_id" is kept). Paths
-of pictures are relative to the file. The reply stands in a line of its own:
+of pictures are relative to the file, and only files in its folder, or in another that the caller names, are opened:
+whoever writes requests need not be whoever runs them. The reply stands in a line of its own, always of valid JSON:
 
     {"line": 1, "custom_id": …, "message": {"role": "assistant", …}, "finish_reason": "stop", "usage": …, "request": …}
     {"line": 2, "error": "line 2: messages[0].role should be …", "request": …}
@@ -24,13 +25,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama4_jax.infer.chat import check_sampling
+from llama4_jax.infer import interrupt
 from llama4_jax.infer.generate import check_cache, generate
-from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages, read_tools
+from llama4_jax.infer.sampling import MOST_ROWS, check_sampling, check_whole
+from llama4_jax.inputs.messages import Message, Picture, Tool, json_values, read_messages, read_tools
+from llama4_jax.inputs.picture_files import file_in
 from llama4_jax.inputs.tokenizer import Tokenizer, utf8
 from llama4_jax.inputs.tool_calls import ParsedReply, parse_reply
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.processor import Processor, Prompt
+from llama4_jax.untrusted_json import parse_json, shown
 
 _SAMPLING = {"temperature": float, "top_p": float, "top_k": int}
 _DEFAULTS = {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 0}
@@ -64,6 +68,7 @@ def answer_file(
     source: Path,
     destination: Path,
     *,
+    images_under: Path | None = None,
     batch_size: int = 8,
     cache: str = "float",
     report: Callable[[Progress], None] = lambda progress: None,
@@ -71,6 +76,7 @@ def answer_file(
 ) -> Progress:
     """Answers the requests of `source` that `destination` does not answer yet.
 
+    - images_under: the folder in which pictures must be; that of `source` if it is None
     - batch_size: requests answered together
     - cache: of `generate`
     - report: is called after each of these batches
@@ -80,23 +86,27 @@ def answer_file(
     `check_cache`.
     """
     check_cache(cache)
-    answered = check_files(source, destination, batch_size=batch_size, **defaults)
+    answered = check_files(source, destination, images_under=images_under, batch_size=batch_size, **defaults)
     defaults = {**_DEFAULTS, **defaults}
     lines = _lines(source)
     digests = {number: _digest(line, defaults) for number, line in lines}
     _cut_off_half_a_line(destination)
+    folders = (source.parent, images_under or source.parent)
     model = model.unscanned()
     earlier, done, errors = len(answered), 0, sum(answered.values())
     with destination.open("ab") as out:
         for batch in _batches((_read(number, line, defaults) for number, line in lines), batch_size):
+            interrupt.check()
             if all(request.line in answered for request in batch):
                 continue
             replies = [
                 {**reply, "request": digests[reply["line"]]}
-                for reply in _answer(model, processor, batch, source.parent, defaults["seed"], cache)
+                for reply in _answer(model, processor, batch, folders, defaults["seed"], cache)
                 if reply["line"] not in answered
             ]
-            out.write(b"".join(utf8(json.dumps(reply, ensure_ascii=False)) + b"\n" for reply in replies))
+            out.write(
+                b"".join(utf8(json.dumps(reply, ensure_ascii=False, allow_nan=False)) + b"\n" for reply in replies)
+            )
             out.flush()
             os.fsync(out.fileno())
             done += len(replies)
@@ -105,18 +115,21 @@ def answer_file(
     return Progress(done, earlier, errors)
 
 
-def check_files(source: Path, destination: Path, *, batch_size: int = 8, **defaults: Any) -> dict[int, bool]:
+def check_files(
+    source: Path, destination: Path, *, images_under: Path | None = None, batch_size: int = 8, **defaults: Any
+) -> dict[int, bool]:
     """What `answer_file` can check without a model. Returns the lines that are answered → whether by an error.
 
-    Raises FileNotFoundError without a source, or a directory for the destination; ValueError for settings out of range,
-    and if the destination is no file, or holds what answers other requests, or the same under other settings.
+    Raises FileNotFoundError without a source, a directory for the destination or one of pictures; ValueError for
+    settings out of range, and if the destination is no file, or holds what answers other requests, or the same under other settings.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    check_whole("batch_size", batch_size, 1, MOST_ROWS)
     defaults = {**_DEFAULTS, **defaults}
     check_sampling(**defaults)
     if not source.is_file():
         raise FileNotFoundError(f"no such file of requests: {source}")
+    if images_under is not None and not images_under.is_dir():
+        raise FileNotFoundError(f"images_under: there is no directory {images_under}")
     if not destination.parent.is_dir():
         raise FileNotFoundError(f"{destination} cannot be written: there is no directory {destination.parent}")
     if destination.exists() and not destination.is_file():
@@ -126,9 +139,9 @@ def check_files(source: Path, destination: Path, *, batch_size: int = 8, **defau
     content = destination.read_bytes() if destination.exists() else b""
     for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            reply = json.loads(text)
+            reply = parse_json(text, where="it", of=dict)
             line, request = int(reply["line"]), reply["request"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"{destination}, line {number} is no reply of this command: give another --out, or remove it."
             ) from error
@@ -162,39 +175,43 @@ def _read(number: int, line: bytes, defaults: Mapping[str, Any]) -> Request:
     so that it stands in no batch of its own."""
     custom_id = None
     try:
-        row = json.loads(line)
+        row = parse_json(line, where="this")
         if not isinstance(row, dict):
-            raise ValueError(f"a request should be a JSON object, and this is {row!r:.40}.")
-        custom_id = row.get("custom_id", row.get("id"))
+            raise ValueError(f"a request should be a JSON object, and this is {shown(row)}.")
+        custom_id = _custom_id(row)
         body = row
         if "body" in row:
             _only(row, (*_AROUND, "body"), "what stands around a body")
             body = row["body"]
             if not isinstance(body, dict):
-                raise ValueError(f"body should be a JSON object, and is {body!r:.40}.")
+                raise ValueError(f"body should be a JSON object, and is {shown(body)}.")
         _only(body, (*_READ, *_IGNORED, *_AROUND), "a request")
         if body.get("n") not in (None, 1):
-            raise ValueError(f"n is {body['n']!r}, and there is one reply to a line: repeat the line with other seeds.")
+            raise ValueError(
+                f"n is {shown(body['n'])}, and there is one reply to a line: repeat the line with other seeds."
+            )
         sampling = {name: _number(body, name, kind, defaults[name]) for name, kind in _SAMPLING.items()}
         sampling["seed"] = _number(body, "seed", int, None)
         limit = next((name for name in _LIMITS if body.get(name) is not None), _LIMITS[0])
-        sampling["max_new_tokens"] = _number(body, limit, int, defaults["max_new_tokens"])
-        if sampling["max_new_tokens"] < 1:
-            raise ValueError(f"{limit} must be at least 1, got {sampling['max_new_tokens']}.")
+        sampling["max_new_tokens"] = check_whole(limit, _number(body, limit, int, defaults["max_new_tokens"]), 1)
         check_sampling(**{**sampling, "seed": sampling["seed"] or 0})
         if body.get("messages") is None:
-            raise ValueError(f"it has no messages, but {', '.join(map(repr, body)) or 'nothing'}.")
+            raise ValueError(f"it has no messages, but {', '.join(map(shown, list(body)[:8])) or 'nothing'}.")
         return Request(number, custom_id, body, tuple(sorted(sampling.items())), None)
     except (ValueError, RecursionError) as error:
-        no_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
-        said = f"no JSON: {error}" if no_json else str(error)
-        return Request(number, custom_id, {}, tuple(sorted({**defaults, "seed": None}.items())), said)
+        return Request(number, custom_id, {}, tuple(sorted({**defaults, "seed": None}.items())), str(error))
+
+
+def _custom_id(row: Mapping[str, Any]) -> Any:
+    """What a request is called: any JSON value, which is given back. Raises ValueError for NaN and its like."""
+    name = "custom_id" if "custom_id" in row else "id"
+    return json_values(row.get(name), name)
 
 
 def _only(value: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     for key, said in value.items():
         if key not in known and said is not None:
-            raise ValueError(f"{key!r} is not known: {what} may have {', '.join(known)}.")
+            raise ValueError(f"{shown(key)} is not known: {what} may have {', '.join(known)}.")
 
 
 def _number(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
@@ -203,7 +220,7 @@ def _number(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any
         return default
     fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 63
     if not fits or (kind is int and value != int(value)):
-        raise ValueError(f"{name} should be {'a whole number' if kind is int else 'a number'}, and is {value!r:.40}.")
+        raise ValueError(f"{name} should be {'a whole number' if kind is int else 'a number'}, and is {shown(value)}.")
     return kind(value)
 
 
@@ -215,7 +232,12 @@ def _batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
 
 
 def _answer(
-    model: Llama4, processor: Processor, batch: Sequence[Request], folder: Path, seed: int, cache: str
+    model: Llama4,
+    processor: Processor,
+    batch: Sequence[Request],
+    folders: tuple[Path, Path],
+    seed: int,
+    cache: str,
 ) -> list[dict[str, Any]]:
     """The replies, in order."""
     replies: dict[int, dict[str, Any]] = {}
@@ -227,7 +249,7 @@ def _answer(
         try:
             if request.error is not None:
                 raise ValueError(request.error)
-            asked.append((request, *_prompt(request, processor, folder, model.config.context_length)))
+            asked.append((request, *_prompt(request, processor, folders, model.config.context_length)))
         except (ValueError, OSError, RecursionError) as error:
             replies[request.line]["error"] = f"line {request.line}: {error}"
     sampling = dict(batch[0].sampling)
@@ -247,10 +269,12 @@ def _answer(
     return list(replies.values())
 
 
-def _prompt(request: Request, processor: Processor, folder: Path, context: int) -> tuple[Prompt, tuple[Tool, ...]]:
+def _prompt(
+    request: Request, processor: Processor, folders: tuple[Path, Path], context: int
+) -> tuple[Prompt, tuple[Tool, ...]]:
     tools = request.body.get("tools")
     tools = () if tools is None else read_tools(tools)
-    prompt = processor.prompt(_beside(request.body["messages"], folder), tools=tools)
+    prompt = processor.prompt(_beside(request.body["messages"], *folders), tools=tools)
     new = dict(request.sampling)["max_new_tokens"]
     if len(prompt.tokens) + new > context:
         raise ValueError(
@@ -260,13 +284,19 @@ def _prompt(request: Request, processor: Processor, folder: Path, context: int) 
     return prompt, tools
 
 
-def _beside(messages: Any, folder: Path) -> list[Message]:
-    """Paths of pictures are relative to the file of requests."""
+def _beside(messages: Any, folder: Path, within: Path) -> list[Message]:
+    """Paths of pictures are relative to the file of requests, and lead nowhere but into one folder."""
 
-    def beside(part: str | Picture) -> str | Picture:
-        return Picture(folder / part.source) if isinstance(part, Picture) and isinstance(part.source, str) else part
+    def beside(part: str | Picture, where: str) -> str | Picture:
+        if not isinstance(part, Picture) or not isinstance(part.source, str):
+            return part
+        return Picture(file_in(within, folder / part.source, name=where, hint="or say --images-under DIR"))
 
-    return [dataclasses.replace(m, content=tuple(map(beside, m.content))) for m in read_messages(messages)]
+    said = []
+    for i, message in enumerate(read_messages(messages)):
+        content = tuple(beside(part, f"messages[{i}].content[{j}]") for j, part in enumerate(message.content))
+        said.append(dataclasses.replace(message, content=content))
+    return said
 
 
 def _reply(row: Sequence[int], line: int, tools: tuple[Tool, ...], tokenizer: Tokenizer) -> dict[str, Any]:

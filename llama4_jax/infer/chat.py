@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llama4_jax.infer import interrupt
 from llama4_jax.infer.generate import check_cache, generate
-from llama4_jax.infer.sampling import make_sampling
+from llama4_jax.infer.sampling import check_sampling
 from llama4_jax.inputs.messages import Message, Picture, Tool, ToolCall, read_tools
 from llama4_jax.inputs.tokenizer import StreamDecoder
 from llama4_jax.inputs.tool_calls import ReplyStream, problem_with
@@ -89,7 +90,8 @@ class Chat:
     ) -> Reply:
         """The user speaks, and the assistant answers; calls of `functions` are run and answered, so many times at most.
 
-        `on_event` is given text as it is written, and each call. Ctrl-C stops the reply: what was written stays.
+        `on_event` is given text as it is written, and each call. Ctrl-C stops the reply, as `interrupt` says: what was
+        written stays, and the conversation goes on from there.
         Returns the last message of the assistant. If its finish_reason is "tool_calls", one of its calls is of no
         function, or the rounds are used up: `answer` goes on.
 
@@ -116,22 +118,27 @@ class Chat:
 
     def _go_on(self, new: list[Message], on_event: Callable[[Event], None], max_rounds: int) -> Reply:
         before = list(self.messages)
-        try:
-            self.messages += new
-            reply = self._reply(on_event)
-            for _ in range(max_rounds):
-                calls = reply.message.tool_calls
-                if reply.finish_reason != "tool_calls" or any(call.name not in self.functions for call in calls):
-                    break
-                try:
-                    results = [self._run(call) for call in calls]
-                except KeyboardInterrupt:
-                    return dataclasses.replace(reply, finish_reason="interrupted")
-                self.messages += [Message("tool", (result,)) for result in results]
+        with interrupt.watched():
+            try:
+                self.messages += new
                 reply = self._reply(on_event)
-        except BaseException:
-            self.messages = before
-            raise
+                for _ in range(max_rounds):
+                    calls = reply.message.tool_calls
+                    if reply.finish_reason != "tool_calls" or any(call.name not in self.functions for call in calls):
+                        break
+                    try:
+                        with interrupt.stoppable():
+                            results = [self._run(call) for call in calls]
+                    except KeyboardInterrupt:
+                        reply = dataclasses.replace(reply, finish_reason="interrupted")
+                        break
+                    self.messages += [Message("tool", (result,)) for result in results]
+                    reply = self._reply(on_event)
+            except BaseException:
+                self.messages = before
+                raise
+            if interrupt.pressed():
+                reply = dataclasses.replace(reply, finish_reason="interrupted")
         return reply
 
     def _reply(self, on_event: Callable[[Event], None]) -> Reply:
@@ -154,6 +161,7 @@ class Chat:
             show(stream.feed(text) if self.tools else [text] if text else [])
 
         def take(gained: list[list[int]]) -> None:
+            interrupt.check()
             written.extend(gained[0])
             read(decoder.feed(*(token for token in gained[0] if token not in tokenizer.stop_ids)))
 
@@ -168,7 +176,8 @@ class Chat:
         sampling = {**self.sampling, "max_new_tokens": limit, "seed": seed, "cache": self.cache}
         self._replies += 1
         try:
-            generate(self.model, [tokens], images=[tiles], stop_ids=tokenizer.stop_ids, on_tokens=take, **sampling)
+            with interrupt.stoppable():
+                generate(self.model, [tokens], images=[tiles], stop_ids=tokenizer.stop_ids, on_tokens=take, **sampling)
             reason = "stop" if written[-1] in tokenizer.stop_ids else "length"
         except KeyboardInterrupt:
             reason = "interrupted"
@@ -192,24 +201,6 @@ class Chat:
 
 def _text(result: Any) -> str:
     return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-
-
-def check_sampling(
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> None:
-    """Raises ValueError for numbers that `generate` would refuse, before there is a model or a prompt."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not 0 <= seed < 1 << 31:
-        raise ValueError(f"seed must be from 0 to {(1 << 31) - 1}, got {seed}.")
-    if top_k is not None and top_k >= 1 << 31:
-        raise ValueError(f"top_k must be below {1 << 31}, got {top_k}.")
-    make_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def written_call(call: ToolCall) -> str:

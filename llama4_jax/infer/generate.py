@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from llama4_jax.infer.sampling import Sampling, make_sampling, row_keys, sample
+from llama4_jax.infer.sampling import Sampling, check_sampling, make_sampling, row_keys, sample
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.model.llama4 import Images, Llama4
@@ -123,10 +123,7 @@ def _check(
     config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: list[int], seed: int
 ) -> int:
     """Raises ValueError for what cannot be generated. Returns the length of the longest prompt."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not 0 <= seed < 1 << 31:
-        raise ValueError(f"seed must be from 0 to {(1 << 31) - 1}, got {seed}.")
+    check_sampling(max_new_tokens=max_new_tokens, seed=seed)
     for token in stop_ids:
         if not 0 <= token < config.vocab_size:
             raise ValueError(

@@ -8,10 +8,13 @@ Every row has a stream of random numbers of its own: what it draws depends on th
 it has drawn, and not on the rows beside it.
 """
 
-from typing import NamedTuple
+import numbers
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
@@ -23,24 +26,87 @@ class Sampling(NamedTuple):
     top_p: Float[Array, ""] | None
 
 
-def make_sampling(*, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0) -> Sampling:
-    """Checks the three values. With temperature 0 the most likely token is taken, whatever the filters.
+# Below it a temperature is 0: logits, divided by it, could leave float32, and no two of a model's are so near that the
+# draw would be another one.
+LEAST_TEMPERATURE = 1e-30
+MOST_ROWS = 4096  # of one call of `generate` by the command line: all have their cache at the same time
 
-    Raises ValueError for a negative temperature, top_k below 1, or top_p outside (0, 1].
+
+def make_sampling(*, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0) -> Sampling:
+    """Checks the three values, as float32s and an int32, which is what they are used as.
+
+    With temperature 0, or one below `LEAST_TEMPERATURE`, the most likely token is taken, whatever the filters. A top_p
+    too small for a float32 leaves the most likely token too; one that is 1 as a float32 leaves every token.
+
+    Raises as `check_sampling`.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (the most likely token) or a positive number, got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None to consider every token, got {top_k}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1 (every token), got {top_p}.")
-    if temperature == 0:
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    temperature, top_p = float(temperature), float(top_p)
+    if temperature < LEAST_TEMPERATURE:
         return Sampling(None, None, None)
     return Sampling(
         temperature=jnp.float32(temperature),
-        top_k=None if top_k is None else jnp.int32(top_k),
-        top_p=None if top_p == 1 else jnp.float32(top_p),
+        top_k=None if top_k is None else jnp.int32(operator.index(top_k)),
+        top_p=None if np.float32(top_p) == 1 else jnp.float32(max(top_p, float(np.finfo(np.float32).tiny))),
     )
+
+
+def check_sampling(
+    *,
+    max_new_tokens: Any = 1,
+    temperature: Any = 0.0,
+    top_p: Any = 1.0,
+    top_k: Any = None,
+    seed: Any = 0,
+) -> None:
+    """Raises ValueError, naming the argument, for one that `generate` would refuse; asks for no device.
+
+    Whole numbers are ints of any kind, numpy's and JAX's too, and no bools; numbers are those and floats.
+    """
+    check_whole("max_new_tokens", max_new_tokens, 1)
+    if not 0 <= check_whole("seed", seed, -1 << 62, 1 << 62) < 1 << 31:
+        raise ValueError(f"seed must be from 0 to {(1 << 31) - 1}, got {seed}.")
+    value = _number("temperature", temperature)
+    if not 0 <= value <= float(np.finfo(np.float32).max):
+        raise ValueError(f"temperature must be 0 (the most likely token) or a positive number, got {_shown(value)}.")
+    value = _number("top_p", top_p)
+    if not 0 < value <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (every token), got {_shown(value)}.")
+    if top_k is not None:
+        check_whole("top_k", top_k, 1, hint=", or None to consider every token")
+
+
+def check_whole(name: str, value: Any, least: int, most: int = 2**31 - 1, *, hint: str = "") -> int:
+    """The whole number, as an int. Raises ValueError, naming it, for anything else and outside of the range."""
+    number = _number(name, value)
+    if not isinstance(number, int):
+        raise ValueError(f"{name} must be a whole number{hint}, got {number}.")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}{hint}, got {_shown(number)}.")
+    if number > most:
+        raise ValueError(f"{name} must be below {most + 1}, got {_shown(number)}.")
+    return number
+
+
+def _number(name: str, value: Any) -> int | float:
+    """As one of Python's numbers; those of numpy and of JAX are taken too. Raises ValueError, naming it, for others."""
+    if not isinstance(value, bool | np.bool_ | str | bytes):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+        if isinstance(value, numbers.Real) or getattr(value, "shape", None) == ():
+            try:
+                return float(value)
+            except (TypeError, ValueError, OverflowError):
+                pass
+    raise ValueError(f"{name} must be a number, got {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "one of more than 30 digits"
+    return f"{value!r:.60}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
 def row_keys(seed: Int[Array, ""] | int, rows: int) -> Key[Array, " B"]:

@@ -1,9 +1,12 @@
 """Hugging Face's way: messages → tokens through the template that a checkpoint ships, written in Jinja.
 
 An alternative to `ChatFormat`, for checkpoints whose template is not Meta's format. The ids are those of
-`apply_chat_template` of transformers 5.23, whose environment is given here too: the immutable sandbox (a template comes
-with a checkpoint, and is somebody's program), `tojson` without HTML's escapes, `raise_exception`, `strftime_now`, loop
-controls and the `generation` block. Two things are added.
+`apply_chat_template` of transformers 5.23. Three things are added.
+
+A template is somebody's program, and may loop for ever or fill the memory. It is rendered in a process of its own
+(`template_process`), which imports Jinja alone, starts in a fraction of a second, is kept for the next rendering, and
+has `SECONDS`, bounded memory, and a text of at most `_MOST_TIMES` what was given to write. Past a limit it is ended, and
+that is one ValueError. What it can reach is bounded by Jinja's sandbox, as in transformers.
 
 No text can pass for structure. transformers tokenizes what was rendered, so that `<|eot|>` in a user's message ends the
 turn. Here the first and last characters of special tokens, `<` and `>`, are other ones in everything that the caller
@@ -27,32 +30,45 @@ Where the template that transformers' conversion script gives to Llama 4 differs
 - An assistant message that ends a message and not the turn (`end_of_message`) ends as any other.
 """
 
-import datetime
+import atexit
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 from etils import epath
 
 from llama4_jax.inputs.chat import Rendered, count_pictures
 from llama4_jax.inputs.messages import Message, Tool, read_messages, read_tools
 from llama4_jax.inputs.tokenizer import Tokenizer
+from llama4_jax.untrusted_json import read_json, shortened
 
 TEMPLATE_FILE = "chat_template.jinja"
+OTHERS = "additional_chat_templates"  # a directory of NAME.jinja
+LEGACY_FILE = "chat_template.json"  # of processors
+SECONDS = 10.0  # of one rendering; thousands of times what a template takes
+_STARTING = 60.0  # Python and Jinja, on the busiest of machines
+_MOST_TIMES = 16  # characters written, for each one given
+_MOST_ANYWAY = 1 << 20
+_MOST_BYTES = 1 << 20  # of a file with a template
 
 
 class ChatTemplate:
-    """A template, in the vocabulary of a tokenizer.
+    """A template, or several by name, in the vocabulary of a tokenizer.
 
+    Of several, "tool_use" is taken for conversations with tools, where there is one, and "default" otherwise.
     `variables` are given to every rendering; bos_token and eos_token among them, which are `<|begin_of_text|>` and
-    `<|eot|>` if nothing else is said. Raises ValueError if the template is no Jinja.
+    `<|eot|>` if nothing else is said. Raises ValueError if a template is no Jinja, or none is called "default".
     """
 
-    def __init__(self, template: str, tokenizer: Tokenizer, variables: dict[str, Any] | None = None):
+    def __init__(
+        self, template: str | Mapping[str, str], tokenizer: Tokenizer, variables: dict[str, Any] | None = None
+    ):
         self.tokenizer = tokenizer
         self._variables = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>", **(variables or {})}
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
@@ -61,32 +77,34 @@ class ChatTemplate:
         strange = [char for char in self._guarded if char.isalnum() or char.isspace()]
         if strange:
             raise ValueError(f"a special token begins or ends with {strange[0]!r}, which every text may have.")
-        try:
-            self._template = _environment().from_string(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is no Jinja, in line {error.lineno}: {error.message}.") from error
+        self._templates = {"default": template} if isinstance(template, str) else dict(template)
+        if "default" not in self._templates:
+            raise ValueError(
+                f"no chat template is called default, but {shortened(', '.join(self._templates)) or 'none'}."
+            )
+        for template in self._templates.values():
+            _render(template, None, 0)
 
     @classmethod
     def from_pretrained(cls, directory: str | epath.PathLike, tokenizer: Tokenizer) -> "ChatTemplate":
-        """The template of a Hugging Face directory: chat_template.jinja, or the one in tokenizer_config.json.
+        """The templates of a Hugging Face directory, where transformers finds them: chat_template.jinja and others in
+        additional_chat_templates/; else chat_template.json; else chat_template in tokenizer_config.json, one or a list
+        of {"name", "template"}.
 
         Raises FileNotFoundError if it ships none, ValueError if it is damaged.
         """
         directory = epath.Path(directory)
-        config = _read_config(directory / "tokenizer_config.json")
-        template = config.get("chat_template")
-        if (directory / TEMPLATE_FILE).is_file():
-            template = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-        if template is None:
+        file = directory / "tokenizer_config.json"
+        config = read_json(file, of=dict) if file.is_file() else {}
+        templates = _templates(directory, config)
+        if templates is None:
             raise FileNotFoundError(
                 f"{directory} ships no chat template: there is no {TEMPLATE_FILE}, and no chat_template in "
                 f"tokenizer_config.json. Meta's format needs none."
             )
-        if not isinstance(template, str):
-            raise ValueError(f"{directory}/tokenizer_config.json: chat_template should be a string of Jinja.")
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token")}
         spelled = {name: said.get("content") if isinstance(said, dict) else said for name, said in tokens.items()}
-        return cls(template, tokenizer, {name: said for name, said in spelled.items() if isinstance(said, str)})
+        return cls(templates, tokenizer, {name: said for name, said in spelled.items() if isinstance(said, str)})
 
     def encode(
         self,
@@ -100,9 +118,10 @@ class ChatTemplate:
         """The tokens of a conversation, as the template has it; `reply` is None, since a template does not tell.
 
         - messages, tools, pictures, generation_prompt: as `ChatFormat.encode` takes them
-        - variables: what else the template may use, as in `date_string="1 Jan 2026"`
+        - variables: what else the template may use, as in `date_string="1 Jan 2026"`: values that JSON has
 
-        Raises ValueError as `ChatFormat.encode` does, and if the template cannot render them or leaves out a picture.
+        Raises ValueError as `ChatFormat.encode` does, and if the template cannot render them within its limits, or leaves
+        out a picture.
         """
         said = read_messages(messages)
         count_pictures(said, pictures)
@@ -114,10 +133,12 @@ class ChatTemplate:
         masks = dict(zip(self._guarded, _unused_characters(given), strict=False))
         given = _translated(given, str.maketrans(masks))
         given["add_generation_prompt"] = generation_prompt
-        try:
-            text = self._template.render({**self._variables, **given})
-        except Exception as error:  # whatever a template may raise
-            raise ValueError(f"the chat template cannot render these messages: {error}.") from error
+        template = self._templates["default"]
+        if given["tools"]:
+            template = self._templates.get("tool_use", template)
+        text = _render(
+            template, {**self._variables, **given}, _MOST_TIMES * sum(map(len, _strings(given))) + _MOST_ANYWAY
+        )
         left, tokens = iter(pictures), []
         pieces = self._special.split(text)
         placed = pieces.count("<|image|>")
@@ -189,43 +210,128 @@ def _unmasked(text: str, masks: dict[str, str]) -> str:
     return text
 
 
-def _read_config(path: epath.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _templates(directory: epath.Path, config: dict[str, Any]) -> dict[str, str] | None:
+    """By name; None if there are none."""
+    found = {file.name.removesuffix(".jinja"): _read_template(file) for file in (directory / OTHERS).glob("*.jinja")}
+    if (directory / TEMPLATE_FILE).is_file():
+        found["default"] = _read_template(directory / TEMPLATE_FILE)
+    if found:
+        return found
+    where, said = directory / "tokenizer_config.json", config.get("chat_template")
+    if (directory / LEGACY_FILE).is_file():
+        where = directory / LEGACY_FILE
+        said = read_json(where, of=dict).get("chat_template")
+    if said is None:
+        return None
+    if isinstance(said, list) and said:
+        named = [one for one in said if isinstance(one, dict) and isinstance(one.get("name"), str)]
+        said = {one["name"]: one.get("template") for one in named} if len(named) == len(said) else None
+    found = {"default": said} if isinstance(said, str) else said
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise ValueError(f"{where}: chat_template should be a string of Jinja, or a list of {{name, template}}.")
+    return found
+
+
+def _read_template(file: epath.Path) -> str:
+    with file.open("rb") as opened:
+        content = opened.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"{file} is too large for a chat template: at most {_MOST_BYTES:,} bytes are read.")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} should hold a dict.")
-    return said
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks replies for training: what is inside is rendered."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012  as jinja2 declares it
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+def _render(template: str, variables: dict[str, Any] | None, most: int) -> str:
+    """The text, of at most so many characters. Without variables, only whether the template is Jinja is asked."""
+    try:
+        request = json.dumps({"template": template, "variables": variables, "most": most})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"a variable of the chat template is no value of JSON: {error}.") from error
+    answer = _PROCESS.ask(request)
+    if "syntax" in answer:
+        raise ValueError(
+            f"the chat template is no Jinja, in line {answer['line']}: {shortened(answer['syntax'], 200)}."
+        )
+    if "error" in answer:
+        what = "be compiled" if variables is None else "render these messages"
+        raise ValueError(f"the chat template cannot {what}: {shortened(answer['error'], 300)}.")
+    return answer["text"]
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+class _Process:
+    """`template_process`, started when it is first needed and again after it was ended; one request at a time."""
+
+    def __init__(self):
+        self._forget()
+
+    def _forget(self) -> None:
+        """Also in a fork, which must not talk with its parent's."""
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen | None = None
+
+    def after_fork(self) -> None:
+        if self._running is not None:
+            self._running.stdin.close(), self._running.stdout.close()
+            self._running.returncode = 0  # of the parent: not ours to wait for
+        self._forget()
+
+    def ask(self, request: str) -> dict[str, Any]:
+        """The answer to a line. Raises nothing for what the template does: an answer says it."""
+        with self._lock:
+            try:
+                if self._running is None:
+                    self._start()
+                answer = self._exchange(request, SECONDS)
+            except BaseException:  # as by Ctrl-C: half a request must not stand before the next
+                self._end()
+                raise
+            if answer is None:
+                self._end()
+                return {"error": f"it takes more than {SECONDS:g} seconds, or too much memory"}
+            return answer
+
+    def _start(self) -> None:
+        file = Path(__file__).with_name("template_process.py")
+        paths = [os.path.abspath(path) for path in sys.path if path]  # without the working directory, and fast
+        code = f"import sys; sys.path[:] = {paths!r}; import runpy; runpy.run_path({str(file)!r}, run_name='__main__')"
+        # A session of its own, since Ctrl-C in a terminal is for all of a session's processes.
+        self._running = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", code],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        if self._exchange(json.dumps({"template": "", "variables": None, "most": 0}), _STARTING) is None:
+            raise OSError(f"no process for chat templates could be started by {sys.executable!r}: is Jinja installed?")
+
+    def _exchange(self, request: str, seconds: float) -> dict[str, Any] | None:
+        """None if the process ended, or had to be."""
+        timer = threading.Timer(seconds, self._running.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._running.stdin.write(request.encode() + b"\n")
+            self._running.stdin.flush()
+            line = self._running.stdout.readline()
+        except OSError:
+            return None
+        finally:
+            timer.cancel()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    def _end(self) -> None:
+        process, self._running = self._running, None
+        if process is not None:
+            process.kill()
+            process.stdin.close(), process.stdout.close()
+            process.wait()
+
+    def close(self) -> None:
+        """At the end of the program. It would end by itself, as its input does."""
+        self._end()
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+_PROCESS = _Process()
+atexit.register(_PROCESS.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_PROCESS.after_fork)

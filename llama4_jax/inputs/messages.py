@@ -7,7 +7,8 @@ Meta's code would take them everywhere, but its published format shows none in w
 
 Every error names the place, as in `messages[2].content[0].type`, and comes before anything is tokenized. Nothing is
 ever fetched: a picture at an http address is an error that says so. An unknown key is an error unless its value is
-null or empty, as in the replies of OpenAI's API (`"refusal": null`). "name" and "tool_call_id" are read over, since
+null or empty, as in the replies of OpenAI's API (`"refusal": null`). Arguments of a call that are missing, null or an
+empty string are none. "name" and "tool_call_id" are read over, since
 Llama 4's format has no place for them; results belong to calls by their order.
 """
 
@@ -22,6 +23,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 from typing import Any, Literal
+
+from llama4_jax.untrusted_json import parse_json
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -238,16 +241,18 @@ def _tool_call(value: Any, where: str) -> ToolCall:
         _kind(value, where)
     if identity is not None:
         _string(identity, f"{where}.id")
-    return ToolCall(_name(value.get("name"), f"{where}.name"), _arguments(value, f"{where}.arguments"), identity)
+    arguments = read_arguments(value.get("arguments"), f"{where}.arguments")
+    return ToolCall(_name(value.get("name"), f"{where}.name"), arguments, identity)
 
 
-def _arguments(call: dict[str, Any], where: str) -> dict[str, Any]:
-    said = call.get("arguments")
+def read_arguments(value: Any, where: str) -> dict[str, Any]:
+    """The arguments of a call: a dict, or a string of JSON with one. None and a string of space alone are no arguments,
+    as servers write them for a function that takes none. Raises ValueError, which begins with `where`."""
+    said = value
+    if said is None or (isinstance(said, str) and not said.strip()):
+        return {}
     if isinstance(said, str):
-        try:
-            said = json.loads(said, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is no valid JSON: {error}. It is {_short(call['arguments'])}.") from error
+        said = parse_json(said, where=where)
     if not isinstance(said, dict):
         raise ValueError(f"{where} should be a dict, or a string of JSON with one, and is {_short(said)}.")
     return json_values(said, where)
@@ -312,10 +317,6 @@ def _inner(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list | tuple) else ()
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _kind(value: dict[str, Any], where: str) -> None:

@@ -1,8 +1,8 @@
 """Files, bytes and arrays → RGB pictures: every kind that people have, and no harm from any.
 
-Whatever is handed in gives a picture or one ValueError that begins with the name the caller gave it. The content
-decides what a file is, never its name, and only formats of pixels are tried: nothing is given to an interpreter, as EPS
-would be. What a picture will cost is read from its header and judged before a pixel is decoded.
+Whatever is handed in gives a picture or one ValueError that begins with the name the caller gave it, and never shows
+what a file holds. The content decides what a file is, never its name, and only formats of pixels are tried: nothing is
+given to an interpreter, as EPS would be. What a picture will cost is read from its header and judged before a pixel is decoded.
 
 Both references leave some pictures wrong, and these are put right here: a photo is turned as its EXIF orientation says
 (neither does that), what is transparent becomes white in every mode (in Meta's code, in RGBA alone), and 16-bit greys
@@ -16,6 +16,8 @@ needed here, since MAX_PIXELS is where Pillow's own about large pictures begins.
 import functools
 import io
 import math
+import os
+import posixpath
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +26,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped, UInt8
 from PIL import ExifTags, Image, TiffImagePlugin
+
+from llama4_jax.untrusted_json import shortened, shown
 
 # Pillow's own limit, 256 MiB of RGB. The model sees 1.8 million at most.
 MAX_PIXELS = 89_478_485
@@ -38,6 +42,32 @@ _ANIMATED = ("GIF", "WEBP", "PNG")  # not TIFF, whose pages, nor JPEG, whose vie
 _LEAST_FRAME = 64 * 64  # pixels that take as long as going on by one frame
 
 Source = epath.PathLike | bytes | Image.Image | np.ndarray
+
+
+def file_in(folder: epath.PathLike, path: epath.PathLike, *, name: str, hint: str = "") -> epath.Path:
+    """A picture's path, if it leads into a folder: for paths that others wrote, in files of requests or of documents.
+
+    Neither `..` nor an absolute path nor a symbolic link may lead out of it. What is outside is not looked at, so an
+    error does not even tell whether it exists.
+
+    Raises ValueError for a path that leads out; FileNotFoundError if there is no such file.
+    """
+    bucket = "://" in os.fspath(folder)  # it has no links
+    separator, real = ("/", posixpath.normpath) if bucket else (os.sep, os.path.realpath)
+    try:
+        inside = f"{real(os.fspath(folder)).rstrip(separator)}{separator}"
+        if not real(os.fspath(path)).startswith(inside):
+            raise ValueError(
+                f"{name}: {shown(os.fspath(path))} leads out of the folder {shortened(os.fspath(folder))}, and "
+                f"pictures are read from there alone: put it there{', ' if hint else ''}{hint}."
+            )
+        found = epath.Path(path)
+        is_there = found.is_file()
+    except (UnicodeError, OSError):  # no name of a file at all
+        is_there = False
+    if not is_there:
+        raise FileNotFoundError(f"{name}: there is no picture {shown(os.fspath(path))}.")
+    return found
 
 
 def open_picture(source: Source, *, name: str) -> Image.Image:
@@ -152,11 +182,10 @@ def _identify(content: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.UnidentifiedImageError as error:
         raise ValueError(
-            f"{name} is not a picture that can be read: it begins with {content[:12]!r}. "
-            f"{', '.join(_FORMATS)} can, whatever the file is called."
+            f"{name} is not a picture that can be read: {', '.join(_FORMATS)} can, whatever the file is called."
         ) from error
-    except Exception as error:  # damaged headers raise nearly every type there is
-        raise ValueError(f"{name} cannot be opened as a picture: {_said(error)}") from error
+    except Exception as error:  # damaged headers raise nearly every type there is, and some errors quote the file
+        raise ValueError(f"{name} cannot be opened as a picture: {type(error).__name__}") from error
     _check_size(image, name)
     if image.format in ("JPEG", "MPO"):
         scans = _jpeg_scans(content)

@@ -4,26 +4,33 @@ Llama 4 writes calls in the way that it was told to, and now and then in another
 row and mixed, each with or without `<|python_start|>` before and `<|python_end|>` after it:
 
     [get_weather(city="Oslo", days=3), get_time()]                          pythonic
-    {"type": "function", "name": "get_time", "parameters": {"utc": true}}   JSON, or a list of such; also "arguments"
+    {"type": "function", "name": "get_time", "parameters": {"utc": true}}   JSON, or a list of such; also "arguments",
+                                                        and both inside of "function", as in messages of OpenAI's API
     <function=get_time>{"utc": true}</function>                             function tag
+
+Arguments that are missing, null or an empty string are none; as a string of JSON they are read as what it says.
 
 A call is read where nothing but calls came before it, and a function tag anywhere, as Meta's decoder does (`ToolUtils`
 of llama-models 0.3.0, which returns the first call alone). Where tools are declared, a call of one of them is read
 anywhere: models write "Let me look:" before it. Anything else is text: brackets, code, JSON that calls nothing. A list
-is all or nothing. What begins like a call and cannot be read stays text, and `problem` says why.
+is all or nothing, and so is any other JSON: what stands inside of it is no call, whatever it looks like. What begins
+like a call and cannot be read stays text, and `problem` says why.
 
-Nothing is evaluated. Values are literals of JSON or Python (both spellings of true, false and null, both quotes,
-Python's escapes and JSON's), at most `MAX_DEPTH` lists and dicts deep. The text is read a character at a time and never
+Nothing is evaluated. Values are literals of JSON or Python (both spellings of true, false and null, both quotes), at
+most `MAX_DEPTH` lists and dicts deep. Escapes are Python's, all of them, and mean what they mean there, but for two
+that are JSON's: the halves of one character, each written as \\u and four digits, are joined; and outside of
+pythonic calls a slash may have a backslash. A string with a prefix, as in r'', is not read. The text is read a character at a time and never
 twice, by generators that wait for the next one: so the time is linear, and a stream in any pieces gives what the whole
 text gives.
 """
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from llama4_jax.inputs.messages import MAX_DEPTH, NAME, Tool, ToolCall
+from llama4_jax.inputs.messages import MAX_DEPTH, NAME, Tool, ToolCall, read_arguments
 
 _PYTHON_START, _PYTHON_END = "<|python_start|>", "<|python_end|>"
 _TAG, _TAG_END = "<function=", "</function>"
@@ -116,7 +123,7 @@ class ReplyStream:
             marks += [_PYTHON_START] if self._only_calls else []
             marks += [_PYTHON_END] if self._python else []
             marks += [_TAG_END] if self._after_call else []
-            self._attempt = _Attempt(names, marks)
+            self._attempt = _Attempt(names, self._names, marks)
         return i
 
     def _opening(self) -> re.Pattern[str]:
@@ -128,12 +135,17 @@ class ReplyStream:
         for j in range(i, len(text)):
             try:
                 attempt.send(text[j])
+                if attempt.no_call is not None:
+                    self._show_attempt(attempt.no_call)
             except _Not as reason:
                 self._give_up(str(reason))
                 return j
             except StopIteration as done:
                 self._attempt = None
-                if isinstance(done.value, str):
+                if attempt.no_call is not None:
+                    attempt.held.append(text[j])
+                    self._show_attempt(attempt.no_call, attempt)
+                elif isinstance(done.value, str):
                     self._python |= done.value == _PYTHON_START
                     self._only_calls |= done.value == _PYTHON_END
                 else:
@@ -145,10 +157,16 @@ class ReplyStream:
     def _give_up(self, reason: str) -> None:
         """What was an attempt is text after all."""
         attempt, self._attempt = self._attempt, None
+        self._show_attempt(reason, attempt)
+
+    def _show_attempt(self, reason: str, attempt: "_Attempt | None" = None) -> None:
+        """Shows what was read of an attempt that is none, and why if that is worth it."""
+        attempt = attempt or self._attempt
         if self._only_calls and attempt.sure and self.problem is None:
             end = "".join(attempt.held[-40:])
             self.problem = f"what looks like a call of a tool cannot be read: {reason}, after {end!r}"
         self._show(*self._gap, *attempt.held)
+        attempt.held.clear()
 
     def _show(self, *texts: str) -> None:
         """Shows text; what follows no longer stands after calls alone."""
@@ -160,7 +178,7 @@ _SPACE = re.compile(r"\s*")
 _SPACE_OR_SIGN = re.compile(r"[\s;,]*")
 # Where an attempt is worth its time; it would fail at the next character elsewhere.
 _ANGLE = re.compile(r"<(?=[f|/]|\Z)")
-_OPENING = re.compile(r"[\[{](?=[\s\w{\"']|\Z)|" + _ANGLE.pattern)
+_OPENING = re.compile(r"[\[{](?=[\s\w\[{\"'-]|\Z)|" + _ANGLE.pattern)
 
 
 class _Events:
@@ -198,13 +216,15 @@ class _Attempt:
 
     `send` raises StopIteration with the calls, or with a mark such as `<|python_end|>`, at its last character, and _Not
     at the first one that cannot belong to it. `held` is what was read, `sure` whether it can hardly be meant otherwise.
-    `names`: only calls of these; None: of any.
+    `no_call`: why it is other JSON, which is read to its end as text, so that nothing inside is taken for a call; None:
+    it may still be one. `names`: only calls of these; None: of any. `declared`: names that alone make a call.
     """
 
-    def __init__(self, names: frozenset[str] | None, marks: list[str]):
+    def __init__(self, names: frozenset[str] | None, declared: frozenset[str], marks: list[str]):
         self.held: list[str] = []
         self.sure = False
-        self._names, self._marks = names, marks
+        self.no_call: str | None = None
+        self._names, self._declared, self._marks = names, declared, marks
         self._reading = self._calls()
         next(self._reading)
 
@@ -217,9 +237,12 @@ class _Attempt:
         if first == "<":
             return (yield from self._mark())
         if first == "{":
-            return [self._json_call((yield from _dict(MAX_DEPTH + 1, self._key)))]
+            said = yield from _dict(MAX_DEPTH + 2, look=self._key)
+            return [] if self.no_call is not None else [self._json_call(said)]
         char = yield from _space((yield))
-        return (yield from (self._json_list() if char == "{" else self._python_list(char)))
+        if char in "{[\"'-" or char.isdecimal():
+            return (yield from self._json_list(char))
+        return (yield from self._python_list(char))
 
     def _mark(self) -> _Reading:
         mark = "<"
@@ -234,34 +257,78 @@ class _Attempt:
             raise _Not
         self._check(name)
         self.sure = True
-        if (yield from _space((yield))) != "{":
-            raise _Not("its arguments should be a dict")
-        return [ToolCall(name, (yield from _dict(MAX_DEPTH)))]
+        char = yield from _space((yield))
+        if char == "{":
+            return [ToolCall(name, (yield from _dict(MAX_DEPTH)))]
+        given = None
+        if char != "<":
+            if char == "(":
+                raise _Not("its arguments should be a dict")
+            given, char = yield from _value(char, MAX_DEPTH)
+            char = yield from _space(char)
+        arguments = _arguments(given)
+        for expected in _TAG_END:
+            if char != expected:
+                raise _Not(f"{_TAG_END} should follow")
+            if expected != ">":
+                char = yield
+        return [ToolCall(name, arguments)]
 
-    def _json_list(self) -> _Reading:
-        """After `[{`."""
-        calls, char = [], "{"
-        while char == "{":
-            calls.append(self._json_call((yield from _dict(MAX_DEPTH + 1, self._key))))
-            char = yield from _separated("]")
-        if char != "]":
-            raise _Not("a call in braces should follow the comma")
-        return calls
+    def _json_list(self, char: str) -> _Reading:
+        """After `[`, from the first character of a value on."""
+        calls = []
+        if char != "{":
+            self._no_call("it is another list")
+        while char != "]":
+            if char == "{":
+                said = yield from _dict(MAX_DEPTH + 2, look=self._key)
+                char = yield
+                if self.no_call is None:
+                    try:
+                        calls.append(self._json_call(said))
+                    except _Not as reason:
+                        self._no_call(str(reason))
+            else:
+                self._no_call("a call in braces should follow the comma")
+                _, char = yield from _value(char, MAX_DEPTH)
+            char = yield from _separated_from(char, "]")
+        return [] if self.no_call is not None else calls
 
-    def _key(self, key: str) -> None:
+    def _no_call(self, why: str) -> None:
+        self.no_call = self.no_call if self.no_call is not None else why
+
+    def _key(self, key: str) -> "_Look | None":
         """Looks at each key of an object, before its value: other JSON is told from a call as early as can be."""
         if key in ("parameters", "arguments"):
             self.sure = True
-        elif key not in ("type", "name", "id"):
-            raise _Not(f"a call has no {key!r}")
+        elif key == "function":
+            return self._inner_key
+        elif key not in ("type", "name", "id", "index"):
+            self._no_call(f"a call has no {key[:40]!r}")
+        return None
+
+    def _inner_key(self, key: str) -> None:
+        """As `_key`, of what stands inside of "function"."""
+        if key in ("parameters", "arguments"):
+            self.sure = True
+        elif key != "name":
+            self._no_call(f"a call has no {key[:40]!r}")
 
     def _json_call(self, said: dict[str, Any]) -> ToolCall:
+        inner = said.get("function", said)
         self.sure |= said.get("type") == "function"
-        name, arguments = said.get("name"), said.get("parameters", said.get("arguments"))
+        if inner is not said and (
+            not isinstance(inner, dict) or not said.keys() <= {"type", "id", "index", "function"}
+        ):
+            raise _Not("its function should be a dict with a name, and nothing of it beside it")
+        name, given = inner.get("name"), inner.get("parameters")
         if said.get("type", "function") != "function" or not isinstance(name, str) or not NAME.fullmatch(name):
             raise _Not("it should have a name, and no type but function")
-        if not isinstance(arguments, dict):
-            raise _Not("its parameters should be a dict")
+        if given is None:
+            given = inner.get("arguments")
+        if not (inner.keys() & {"parameters", "arguments"} or self.sure or name in self._declared):
+            raise _Not("it has no parameters")
+        arguments = _arguments(given)
         self._check(name)
         return ToolCall(name, arguments)
 
@@ -285,7 +352,7 @@ class _Attempt:
             if char == "*":
                 if (yield) != "*" or (yield from _space((yield))) != "{":
                     raise _Not("a dict should follow **")
-                given = yield from _dict(MAX_DEPTH)
+                given = yield from _dict(MAX_DEPTH, json=False)
                 char = yield
             else:
                 self.sure |= char in _QUOTES  # in prose, what a parenthesis opens is seldom quoted
@@ -293,7 +360,7 @@ class _Attempt:
                 if not key or (yield from _space(char)) != "=":
                     raise _Not("its arguments should have names, as in f(a=1)")
                 self.sure = True
-                value, char = yield from _value((yield from _space((yield))), MAX_DEPTH - 1)
+                value, char = yield from _value((yield from _space((yield))), MAX_DEPTH - 1, json=False)
                 given = {key: value}
             twice = arguments.keys() & given.keys()
             if twice:
@@ -342,32 +409,42 @@ def _name(char: str) -> _Reading:
     return "".join(name), char
 
 
-def _value(char: str, depth: int) -> _Reading:
-    """A literal with at most so many lists and dicts in one another, and the character after it."""
+_Look = Callable[[str], Any]  # is called with each key of a dict; may return what looks at the keys of its value
+
+
+def _arguments(given: Any) -> dict[str, Any]:
+    try:
+        return read_arguments(given, "it")
+    except ValueError as error:
+        raise _Not(f"its parameters should be a dict, or a string of JSON with one: {str(error)[:60]}") from error
+
+
+def _value(char: str, depth: int, *, json: bool = True, look: _Look | None = None) -> _Reading:
+    """A literal with at most so many lists and dicts in one another, and the character after it. `json`: or Python."""
     if char in _QUOTES:
-        return (yield from _string(char))
+        return (yield from _string(char, json))
     if char == "[":
-        value = yield from _list(depth)
+        value = yield from _list(depth, json)
         return value, (yield)
     if char == "{":
-        value = yield from _dict(depth)
+        value = yield from _dict(depth, json=json, look=look)
         return value, (yield)
     return (yield from _word(char))
 
 
-def _list(depth: int) -> _Reading:
+def _list(depth: int, json: bool) -> _Reading:
     """After `[`."""
     _deeper(depth)
     values = []
     char = yield from _space((yield))
     while char != "]":
-        value, char = yield from _value(char, depth - 1)
+        value, char = yield from _value(char, depth - 1, json=json)
         values.append(value)
         char = yield from _separated_from(char, "]")
     return values
 
 
-def _dict(depth: int, look: Callable[[str], None] | None = None) -> _Reading:
+def _dict(depth: int, *, json: bool = True, look: _Look | None = None) -> _Reading:
     """After `{`. `look` is called with each key."""
     _deeper(depth)
     values = {}
@@ -375,12 +452,12 @@ def _dict(depth: int, look: Callable[[str], None] | None = None) -> _Reading:
     while char != "}":
         if char not in _QUOTES:
             raise _Not("a name in quotes should stand here")
-        key, char = yield from _string(char)
-        if look is not None:
-            look(key)
+        key, char = yield from _string(char, json)
+        inside = None if look is None else look(key)
         if (yield from _space(char)) != ":":
             raise _Not(f"a colon should follow {key!r}")
-        values[key], char = yield from _value((yield from _space((yield))), depth - 1)
+        char = yield from _space((yield))
+        values[key], char = yield from _value(char, depth - 1, json=json, look=inside)
         char = yield from _separated_from(char, "}")
     return values
 
@@ -390,7 +467,7 @@ def _deeper(depth: int) -> None:
         raise _Not(f"it nests deeper than {MAX_DEPTH} lists and dicts")
 
 
-def _string(quote: str) -> _Reading:
+def _string(quote: str, json: bool) -> _Reading:
     """After a quote: the text up to the next, or, if it is tripled, the next three; and the character after it."""
     char, closing, run = (yield), 1, 0
     if char == quote:
@@ -405,26 +482,41 @@ def _string(quote: str) -> _Reading:
             raw.append((yield))
         char = yield
     text = "".join(raw[:-closing])
-    return (_unescape(text) if "\\" in text else text), char
+    return (_unescape(text, json) if "\\" in text else text), char
 
 
-def _unescape(text: str) -> str:
+def _unescape(text: str, json: bool) -> str:
     """With what escapes stand for; two that are the halves of one character, as JSON has them, are joined."""
-    text = _ESCAPE.sub(_one_escape, text)
+    text = _ESCAPE.sub(lambda escape: "/" if json and escape[0] == r"\/" else _one_escape(escape), text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|U(000[0-9a-fA-F]{5}|0010[0-9a-fA-F]{4})|(.))", re.S)
+_HEX = "[0-9a-fA-F]"
+_ESCAPE = re.compile(
+    rf"\\(?:u({_HEX}{{4}})|x({_HEX}{{2}})|U({_HEX}{{8}})|([0-7]{{1,3}})|N\{{([^{{}}]+)\}}|(\r\n|.))", re.DOTALL
+)
 _ESCAPED = {
-    **{"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"},
-    **{"\\": "\\", '"': '"', "'": "'", "/": "/", "\n": ""},
+    **{"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "a": "\a", "v": "\v"},
+    **{"\\": "\\", '"': '"', "'": "'", "\n": "", "\r\n": "", "\r": ""},
 }
 
 
 def _one_escape(escape: re.Match[str]) -> str:
-    """What an escape stands for; one that neither language has stays as it is."""
-    digits = escape[1] or escape[2] or escape[3]
-    return chr(int(digits, 16)) if digits else _ESCAPED.get(escape[4], escape[0])
+    """What an escape stands for in Python; one that Python does not have stays as it is. A broken one is an error."""
+    digits, octal, name, char = escape[1] or escape[2] or escape[3], escape[4], escape[5], escape[6]
+    if digits and int(digits, 16) <= 0x10FFFF:
+        return chr(int(digits, 16))
+    if octal:
+        return chr(int(octal, 8))
+    if name:
+        try:
+            if len(named := unicodedata.lookup(name)) == 1:
+                return named
+        except KeyError:
+            pass
+    if char is None or char in "uxUN":
+        raise _Not(f"{escape[0][:40]!r} is no escape")
+    return _ESCAPED.get(char, escape[0])
 
 
 def _word(char: str) -> _Reading:

@@ -145,6 +145,94 @@ def test_parquet_rows_hold_the_bytes_of_their_pictures(tmp_path):
     assert isinstance(documents[1].content[0], Picture)  # without a mark, the picture comes first
 
 
+def calling(name, arguments, tools=()):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+        "tools": list(tools),
+    }
+
+
+def declared(name, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
+
+
+def deeper(kind):
+    """The same type with strings in dictionaries, and large lists: as other writers keep them."""
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, deeper(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.large_list(deeper(kind.value_type))
+    return pa.large_string() if pa.types.is_string(kind) else kind
+
+
+@pytest.mark.parametrize("types", ["as inferred", "large"])
+def test_parquet_gives_the_documents_of_the_same_rows_as_jsonl(tmp_path, types):
+    """Arrow fills what a row has not with null, at every depth."""
+    place = {"where": {"city": "Oslo"}, "days": [{"n": 1}, {"word": "two"}]}
+    rows = [
+        conversation(
+            "weather", {"city": "Oslo"}, [declared("weather", city={"type": "string", "enum": ["Oslo", "Rome"]})]
+        ),
+        calling("clock", {"zone": "UTC"}, [declared("clock", zone={"type": "string"}), declared("stop")]),
+        conversation(
+            "place", place, [declared("place", where={"type": "object", "properties": {"x": {"type": "null"}}})]
+        ),
+        calling("stop", {}),
+    ]
+    table = pa.Table.from_pylist(rows)
+    if types == "large":
+        table = table.cast(pa.schema([(field.name, deeper(field.type)) for field in table.schema]))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    expected = list(open_source(f"chat:{write_jsonl(tmp_path, rows)}"))
+    got = list(open_source(f"chat:{tmp_path}/rows.parquet"))
+    assert [(d.messages, d.tools) for d in got] == [(d.messages, d.tools) for d in expected]
+    assert [call.arguments for d in got for call in d.messages[1].tool_calls] == [
+        {"city": "Oslo"}, {"zone": "UTC"}, place, {}
+    ]  # fmt: skip
+
+
+def test_nulls_in_maps_in_lists_and_in_json_were_written_and_stay(tmp_path):
+    kind = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.list_(pa.int64())))])
+    message = pa.struct(
+        [("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.string()), ("tool_calls", pa.list_(kind))]
+    )
+    calls = [{"name": "f", "arguments": [("a", [1, None]), ("b", None)]}, {"name": "g", "arguments": None}]
+    said = [[{"role": "assistant", "content": "", "tool_calls": calls}]]
+    pq.write_table(pa.table({"messages": pa.array(said, pa.list_(message))}), tmp_path / "maps.parquet")
+    (document,) = open_source(f"chat:{tmp_path}/maps.parquet")
+    assert [c.arguments for c in document.messages[0].tool_calls] == [{"a": [1, None], "b": None}, {}]
+    rows = [calling("f", json.dumps({"a": None})), calling("g", "")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "json.parquet")
+    documents = open_source(f"chat:{tmp_path}/json.parquet")
+    assert [d.messages[1].tool_calls[0].arguments for d in documents] == [{"a": None}, {}]
+    import datetime
+
+    rows = [calling("f", {"at": datetime.datetime(2026, 1, 2)})]
+    pq.write_table(pa.Table.from_pylist([{"messages": rows[0]["messages"]}]), tmp_path / "times.parquet")
+    with pytest.raises(ValueError, match=r"row 0 of row group 0, messages\[1\].*holds what JSON cannot: .*datetime"):
+        open_source(f"chat:{tmp_path}/times.parquet")[0]
+
+
+@pytest.mark.parametrize("path", ["../a.png", "{outside}/a.png", "link.png", "linked/a.png"])
+def test_a_row_opens_no_picture_outside_the_folder_of_its_file(tmp_path, path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "a.png").write_bytes(png(1))
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
+    (folder / "linked").symlink_to(tmp_path)
+    source = path.format(outside=tmp_path)
+    for kind, row in {
+        "chat": {"messages": ask({"type": "image", "path": source})},
+        "pictures": {"text": "x", "image": source},
+    }.items():
+        with pytest.raises(
+            ValueError, match=r"rows.jsonl, .* leads out of the folder .*/data, and pictures are read from"
+        ):
+            open_source(f"{kind}:{write_jsonl(folder, [row])}")[0]
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

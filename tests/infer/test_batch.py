@@ -160,9 +160,9 @@ def test_calls_are_given_as_openai_gives_them(answer, digests):
 
 
 BAD = {
-    b'{"messages": ': "no JSON: Expecting value: line 1 column 14",
-    b'{"a": "\xff"}': "no JSON: 'utf-8' codec can't decode byte 0xff",
-    b"[" * 100_000: "no JSON: ",
+    b'{"messages": ': "no valid JSON: Expecting value: line 1 column 14",
+    b'{"a": "\xff"}': "no valid JSON: 'utf-8' codec can't decode byte 0xff",
+    b"[" * 100_000: "no valid JSON: ",
     b'"hello"': "a request should be a JSON object, and this is 'hello'.",
     b"[]": "a request should be a JSON object, and this is [].",
     b"{}": "it has no messages, but nothing.",
@@ -173,7 +173,7 @@ BAD = {
     b'{"messages": []}': "messages is empty",
     b'{"messages": [{"role": "wizard", "content": "x"}]}': "messages[0].role should be one of system,",
     b'{"messages": [{"role": "user", "content": 5}]}': "messages[0].content should be a string or a list of parts",
-    json.dumps(asks([{"type": "image", "path": "no.png"}])).encode(): "messages[0].content[0]: there is no file",
+    json.dumps(asks([{"type": "image", "path": "no.png"}])).encode(): "messages[0].content[0]: there is no picture",
     json.dumps(asks([{"type": "image", "path": "requests.jsonl"}])).encode(): "content[0] is not a picture that can",
     json.dumps(asks(["x", {"type": "image"}])).encode(): "messages[0].content[1] is the place of a picture, and there",
     json.dumps(asks([{"type": "image", "url": "https://x.y/z.png"}])).encode(): "nothing is fetched from the network",
@@ -184,7 +184,7 @@ BAD = {
     json.dumps(asks("x", n=2)).encode(): "n is 2, and there is one reply to a line",
     json.dumps(asks("x", temperature="hot")).encode(): "temperature should be a number, and is 'hot'.",
     json.dumps(asks("x", temperature=-1)).encode(): "temperature must be 0 (the most likely token) or a positive",
-    json.dumps(asks("x", temperature=10**400)).encode(): "temperature should be a number, and is 1000",
+    json.dumps(asks("x", temperature=10**400)).encode(): "temperature should be a number, and is an integer of more",
     json.dumps(asks("x", top_p=float("nan"))).encode(): "top_p should be a number, and is nan.",
     json.dumps(asks("x", top_p=2)).encode(): "top_p must be above 0 and at most 1 (every token), got 2.0.",
     json.dumps(asks("x", top_k=1.5)).encode(): "top_k should be a whole number, and is 1.5.",
@@ -193,6 +193,9 @@ BAD = {
     json.dumps(asks("x", seed=-1)).encode(): "seed must be from 0 to 2147483647, got -1.",
     json.dumps(asks("x", max_tokens=True)).encode(): "max_tokens should be a whole number, and is True.",
     json.dumps(asks("x", max_completion_tokens=0)).encode(): "max_completion_tokens must be at least 1, got 0.",
+    json.dumps(asks("x", custom_id=float("nan"))).encode(): "custom_id holds what JSON cannot: ",
+    json.dumps(asks("x", custom_id=[[float("inf")]])).encode(): "custom_id holds what JSON cannot: ",
+    b'{"custom_id": ' + b"[" * 40 + b"]" * 40 + b"}": "custom_id nests deeper than 32 lists and dicts.",
     json.dumps(asks("x" * 3000)).encode(): "tokens, and with 512 new ones it exceeds the model's context_length",
     json.dumps(asks("x", max_tokens=3000)).encode(): "with 3000 new ones it exceeds the model's context_length of 2048",
 }
@@ -207,6 +210,37 @@ def test_each_bad_line_gets_one_error_and_the_others_are_answered(answer):
         assert reply["error"].startswith(f"line {2 * number}: ") and words in reply["error"]
         assert len(reply["error"]) < 500
     assert [reply["message"]["content"] for reply in replies[::2]] == [alone(asks("good"))] * len(BAD)
+
+
+@pytest.mark.parametrize("how", ["absolute", "..", "url", "link", "linked folder"])
+def test_a_request_opens_no_file_outside_its_folder_and_shows_none(model, digests, tmp_path, how):
+    folder, outside = tmp_path / "in", tmp_path / "outside"
+    folder.mkdir(), outside.mkdir()
+    (outside / "secret").write_text("TOPSECRET")
+    (outside / "a.png").write_bytes(png(1))
+    (folder / "link.png").symlink_to(outside / "a.png")
+    (folder / "linked").symlink_to(outside)
+    (folder / "b.png").symlink_to(folder / "c.png")
+    (folder / "c.png").write_bytes(png(2))
+    path = {
+        "absolute": f"{outside}/a.png", "..": "../outside/a.png", "url": f"file://{outside}/a.png", "link": "link.png",
+        "linked folder": "linked/a.png",
+    }[how]  # fmt: skip
+    asked = [path, path.replace("a.png", "secret"), path.replace("a.png", "gone.png"), "b.png", f"{folder}/c.png"]
+    rows = [asks([{"type": "image", "path": one}, "What?"]) for one in asked]
+    source, destination = folder / "requests.jsonl", folder / "replies.jsonl"
+    source.write_bytes(lines(rows))
+    answer_file(model, PROCESSOR, source, destination)
+    replies = [json.loads(line) for line in destination.read_text().splitlines()]
+    assert "leads out of the folder" in replies[0]["error"] and "--images-under DIR" in replies[0]["error"]
+    assert "TOPSECRET" not in destination.read_text()
+    if how != "link":  # whether a file is there is not told either
+        assert ["leads out" in reply["error"] for reply in replies[:3]] == [True] * 3
+    assert [reply["message"]["content"] for reply in replies[3:]] == [replies[3]["message"]["content"]] * 2
+    destination.unlink()
+    answer_file(model, PROCESSOR, source, destination, images_under=tmp_path)  # which has them all
+    replies = [json.loads(line) for line in destination.read_text().splitlines()]
+    assert "error" not in replies[0] and "TOPSECRET" not in destination.read_text()
 
 
 def test_null_is_as_good_as_nothing(answer, digests):

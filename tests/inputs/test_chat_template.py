@@ -1,7 +1,11 @@
 """A template's ids are those of transformers, but where text spells structure: there it stays text."""
 
+import concurrent.futures
 import json
+import os
 import pathlib
+import resource
+import time
 
 import llama_models.llama4
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from llama4_jax.inputs import chat_template
 from llama4_jax.inputs.chat import ChatFormat
 from llama4_jax.inputs.chat_template import ChatTemplate
 from llama4_jax.inputs.hf_tokenizer import tokenizer_config, tokenizer_json
@@ -255,8 +260,10 @@ def test_a_template_is_found_in_each_place_and_its_absence_is_named(tmp_path):
     config = tmp_path / "tokenizer_config.json"
     for content, said in (
         ("{", "is no valid JSON"),
-        ("[]", "should hold a dict"),
+        ("[]", "expected `object`, got `array`"),
         ('{"chat_template": []}', "a string of"),
+        ('{"chat_template": [{"name": "default"}]}', "or a list of {name, template}"),
+        ('{"chat_template": [{"name": "rag", "template": "x"}]}', "no chat template is called default, but rag"),
     ):
         config.write_text(content)
         with pytest.raises(ValueError, match=said):
@@ -268,3 +275,95 @@ def test_a_template_is_found_in_each_place_and_its_absence_is_named(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("a\n{% if %}")
     with pytest.raises(ValueError, match="the chat template is no Jinja, in line 2"):
         ChatTemplate.from_pretrained(tmp_path, BYTES)
+
+
+HOSTILE_TEMPLATES = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a long list": "{{ (range(99999)|list * 1000)|join('a'*1000) }}",
+    "slices": "{{ range(10)|slice(10**10)|list }}",
+    "lipsum": "{{ lipsum(n=10**6) }}",
+    "doubling": "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "a product": "{% set n = 3000000000 %}{{ bos_token * n }}",
+    "a power": "{{ 9 ** 9 ** 9 }}",
+    "a wide field": "{{ '%9999999999d' | format(1) }}",
+    "output": "{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}",
+    "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "not": "{{ " + "not " * 50000 + "1 }}",
+    "ifs": "{% if 1 %}" * 200 + "{% endif %}" * 200,
+    "fors": "{% for x in [1] %}" * 60 + "{% endfor %}" * 60,
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_a_hostile_template_is_one_short_error_in_bounded_time_and_memory(name, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 2.0)
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="the chat template ") as error:
+        ChatTemplate(HOSTILE_TEMPLATES[name], BYTES).encode([user("x")])
+    assert len(str(error.value)) < 500
+    assert time.perf_counter() - started < 30  # a new process included, on a busy machine
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
+    assert OURS.encode([user("x")]).tokens  # the next one is rendered as ever
+
+
+def test_templates_are_rendered_in_threads_and_in_forks():
+    expected = OURS.encode([user("x")]).tokens
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: OURS.encode([user("x")]).tokens, range(20))) == [expected] * 20
+    child = os.fork()
+    if not child:
+        os._exit(0 if OURS.encode([user("x")]).tokens == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert OURS.encode([user("x")]).tokens == expected
+
+
+def test_the_one_of_several_templates_is_the_one_that_transformers_takes(tmp_path):
+    """In each form that transformers reads or writes."""
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    config = tokenizer_config(BYTES, 8192)
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_json(BYTES)))
+
+    def taken(expected):
+        theirs = AutoTokenizer.from_pretrained(directory)
+        ours = ChatTemplate.from_pretrained(directory, BYTES)
+        for tools, word in zip(([], [WEATHER]), expected, strict=True):
+            got = BYTES.decode(ours.encode([user("x")], tools=tools).tokens)
+            assert got == theirs.apply_chat_template([user("x")], tools=tools or None, tokenize=False) == word
+
+    listed = [{"name": name, "template": name} for name in ("default", "tool_use", "rag")]
+    for several, expected in ((listed, ("default", "tool_use")), (listed[::2], ("default", "default"))):
+        (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": several}))
+        taken(expected)
+    (directory / "chat_template.jinja").write_text("from the file")
+    taken(("from the file", "from the file"))
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("the other file")
+    taken(("from the file", "the other file"))
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "saved")
+    legacy = tmp_path / "legacy"
+    legacy.mkdir()
+    (legacy / "chat_template.json").write_text(json.dumps({"chat_template": "of a processor"}))
+    said = ChatTemplate.from_pretrained(legacy, BYTES).encode([user("x")])
+    assert BYTES.decode(said.tokens) == "of a processor"
+    for content in ("[]", '{"chat_template": 3}', "[" * 10**5, "\xff"):
+        (legacy / "chat_template.json").write_text(content, encoding="latin-1")
+        with pytest.raises(ValueError, match="chat_template.json"):
+            ChatTemplate.from_pretrained(legacy, BYTES)
+
+
+PIECES = [
+    *("{{", "}}", "{%", "%}", "{#", "#}", "if", "for", "endfor", "endif", "set", "in", "messages", "loop", "range(9)"),
+    *("x", "=", "|", "tojson", "length", "[0]", ".role", "1", "'a'", "~", "*", "(", ")", "[", "]", "-", "not", "\n"),
+    *("raise_exception", "macro f()", "endmacro", "f()", "namespace(a=1)", ".__class__", "generation", "\ud800"),
+]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join))
+def test_any_template_gives_tokens_or_one_short_error(template):
+    try:
+        assert isinstance(ChatTemplate(template, BYTES).encode([user("x")]).tokens, list)
+    except ValueError as error:
+        assert len(str(error)) < 500
