@@ -37,7 +37,6 @@ from llama4_jax.sharding import make_mesh
 from llama4_jax.train import hosts
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
-from llama4_jax.train.optimizer import learning_rate
 from llama4_jax.train.rows import Rows
 from llama4_jax.train.stage import Stage
 from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
@@ -171,7 +170,6 @@ def run_steps(
     trainer, rows, heldout = parts.trainer, parts.rows, parts.heldout
     stage = Stage(parts.batches, next_token)
     evaluate = make_evaluation(trainer, rows)
-    schedule = learning_rate(config.optimizer, config.steps)
     rate = Rate(config, peak_flops(trainer.mesh.size))
     first = step = int(state.step)
     pending: tuple[int, StepMetrics] | None = None
@@ -183,8 +181,7 @@ def run_steps(
             return
         at, metrics = pending
         pending = None
-        values = figures(metrics)
-        values |= {"learning_rate": float(schedule(at - 1)), **rate.take(at)}
+        values = figures(metrics) | rate.take(at)
         log.write(at, values)
         log.show(at, summary(values))
         if int(metrics.bad_steps) >= config.max_bad_steps:

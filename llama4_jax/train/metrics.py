@@ -50,6 +50,7 @@ def figures(metrics: StepMetrics) -> dict[str, float]:
         "loss": loss,
         "bits_per_byte": loss * float(got.tokens) / math.log(2) / max(target_bytes, 1),
         "grad_norm": float(got.grad_norm),
+        "learning_rate": float(got.learning_rate),
         "tokens": int(got.tokens),
         "skipped": int(got.skipped),
     }
