@@ -40,7 +40,8 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate at each step, counted from 0: linear from 0 to the peak, then cosine to the end, or constant and linear to the end."""
+    """The rate at each step, counted from 0: linear from 0 to the peak, then cosine to the end, or constant and linear
+    to the end."""
     warmup = min(config.warmup_steps, steps)
     rise = optax.linear_schedule(0.0, config.peak_lr, max(warmup, 1))
     after = max(steps - warmup, 1)
