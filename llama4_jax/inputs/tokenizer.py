@@ -102,7 +102,7 @@ class Tokenizer(abc.ABC):
         A lone surrogate, which UTF-8 cannot express, becomes U+FFFD.
         """
         parts = [[self.bos_id] if bos else [], *self._encode(text), [self.eos_id] if eos else []]
-        return np.concatenate([np.asarray(part, self.id_dtype) for part in parts])
+        return np.concatenate(parts, dtype=self.id_dtype, casting="unsafe")
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """As `encode_array`, as a list."""
