@@ -16,7 +16,6 @@ line says why, and the exit code is 2. Where the package is installed without th
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -154,12 +153,11 @@ def load(options: Model):
     from absl import logging
 
     from llama4_jax import from_pretrained
+    from llama4_jax.compilation_cache import keep_compiled
     from llama4_jax.sharding import make_mesh
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is opened to be read is read-only
-    # Compiling takes longer than most replies, so the next start finds what this one compiled.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "llama4_jax"))
+    keep_compiled()  # compiling takes longer than most replies
     devices = jax.devices()
     if -1 not in options.mesh.shape:
         devices = devices[: options.mesh.named_size]

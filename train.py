@@ -7,6 +7,7 @@
 The same command resumes a run that was stopped, in whatever way. Flags that make it another run give it another name,
 such as runs/tiny,optimizer.peak_lr=0.001, unless --name does. On several hosts it is the same command on each
 (docs/clusters.md). Where the package is installed without this file, `llama4 train` is the same command.
+docs/training.md says what can be read, and what the figures mean.
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ def main(arguments: list[str], prog: str = "train.py") -> int:
         read_config(arguments, prog)
     import jax
 
+    from llama4_jax.compilation_cache import keep_compiled
     from llama4_jax.train import hosts
 
     try:
@@ -51,6 +53,7 @@ def main(arguments: list[str], prog: str = "train.py") -> int:
             config = read_config(arguments, prog)
         # On a CPU a mesh is made of virtual devices. This must be said before the first device is asked for.
         jax.config.update("jax_num_cpu_devices", max(1, config.mesh.named_size // hosts.count()))
+        keep_compiled()
         from llama4_jax.train.loop import NotFinite, train
 
         try:

@@ -119,7 +119,7 @@ def heldout_rows(run: Path, config: RunConfig) -> Iterator[Rows]:
     pieces = (
         tuple(part[start : start + length] for part in (piece.tokens, piece.targets, piece.target_bytes))
         for piece in map(encode, heldout_documents(sources))
-        for start in range(0, len(piece.tokens), length)
+        for start in range(0, len(piece), length)
     )
     for _ in range((config.eval_batches or sys.maxsize) * config.data.batch_size // BATCH):
         some = list(itertools.islice(pieces, BATCH))

@@ -105,6 +105,9 @@ FREE = (
     "log_every", "profile", "sample_prompt", "sample_tokens", "max_bad_steps", "remat", "data.prefetch",
 )  # fmt: skip
 
+# Fields that config.json had not from the beginning, with what was so before. Other missing ones are an error.
+ADDED_LATER: dict[str, Any] = {"data.heldout_sources": []}
+
 
 def to_json(config: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=1)
@@ -222,6 +225,8 @@ def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where or 'the file'} must be an object, got {shown(value)}.")
     hints = typing.get_type_hints(kind)
     prefix = f"{where}." if where else ""
+    value = {name: x for field, x in ADDED_LATER.items() if field.rpartition(".")[0] == where
+             for name in (field.rpartition(".")[2],)} | value  # fmt: skip
     unknown = value.keys() - hints.keys()
     missing = {f.name for f in dataclasses.fields(kind)} - value.keys()
     if unknown or missing:

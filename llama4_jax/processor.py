@@ -175,11 +175,12 @@ def illustrated(text: str, images: Sequence[Any]) -> list[str | Picture]:
 
 def image_config(vision: VisionConfig, tokenizer: Tokenizer, **cutting: Any) -> ImageConfig:
     """How pictures are cut for this encoder. Raises ValueError if its `<|patch|>` is not the tokenizer's."""
-    patch_id = tokenizer.special_tokens["<|patch|>"]
+    patch_id = tokenizer.special_tokens.get("<|patch|>")
     if vision.patch_token_id != patch_id:
+        is_it = "not in the tokenizer" if patch_id is None else f"{patch_id} for the tokenizer"
         raise ValueError(
-            f"model.vision.patch_token_id is {vision.patch_token_id}, but <|patch|> is {patch_id} for the tokenizer: "
-            f"set it to that, or use the model's own tokenizer."
+            f"model.vision.patch_token_id is {vision.patch_token_id}, but <|patch|> is {is_it}: set it to that, or use "
+            f"the model's own tokenizer."
         )
     return ImageConfig(tile_size=vision.image_size, tokens_per_tile=vision.tokens_per_tile, **cutting)
 

@@ -16,17 +16,18 @@ class DataConfig:
     Raises ValueError, naming the field, for values that cannot be.
     """
 
-    # stdlib | docstrings | text:PATH | files:PATH | jsonl:PATH[#FIELD] | parquet:PATH[#COLUMN]
+    # stdlib | docstrings | text:PATH | files:PATH | jsonl:PATH[#FIELD] | parquet:PATH[#COLUMN] | tokens:PATH
     # with pictures: chat:PATH[#FIELD] | pictures:PATH[#FIELD] | digits | digit-pairs
     sources: tuple[str, ...] = ("stdlib",)
     weights: tuple[float, ...] = ()  # how often to draw a document from each source; (): as often as it has documents
-    tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.model, or of a directory that holds one
+    heldout_sources: tuple[str, ...] = ()  # to measure on, whole; (): a share of the sources is held out
+    tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json, a tokenizer.model or a directory with one
     seq_len: int  # tokens in a row
     batch_size: int  # rows in a batch, of all processes together
     tiles_per_row: int = 0  # room for the tiles of pictures in each row; 0: no pictures
     max_tiles: int = 16  # that a picture is cut into; a smaller, global one comes on top
     loss_on: LossOn = "all"  # what is learnt of a conversation: all of it, or what the assistant says
-    heldout_fraction: float = 0.05  # share of the documents that is never trained on, the same ones everywhere
+    heldout_fraction: float = 0.05  # share of the documents that is never trained on, without heldout_sources
     shuffle_seed: int = 0  # the order of the documents, a new one each epoch
     open_documents: int = 16  # that each row reads in turn: the pieces of a long one are as many batches apart
     prefetch: int = 2  # batches made ahead, in a background thread; 0: each when it is asked for
@@ -34,7 +35,7 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ValueError("data.sources is empty: name at least one source, such as stdlib.")
-        for spec in self.sources:
+        for spec in (*self.sources, *self.heldout_sources):
             parse_source(spec)
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(
@@ -57,3 +58,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be at least {least}, got {getattr(self, name)}.")
         if not 0 <= self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must be in [0, 1), got {self.heldout_fraction}.")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is anything to measure on."""
+        return bool(self.heldout_sources or self.heldout_fraction)

@@ -10,14 +10,15 @@ import fnmatch
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, UInt64
+from jaxtyping import Int, Integer, UInt64
 
 from llama4_jax.atomic import in_bucket
+from llama4_jax.data.watch import Stamp
 from llama4_jax.inputs.messages import Message, Picture, Tool
 
 
@@ -36,7 +37,14 @@ class Illustrated(NamedTuple):
     where: str
 
 
-Document = str | Conversation | Illustrated
+class Tokens(NamedTuple):
+    """Text as the tokenizer's ids, without what begins and ends a document. `where` it is from, for errors."""
+
+    ids: Integer[np.ndarray, " n"]
+    where: str
+
+
+Document = str | Conversation | Illustrated | Tokens
 
 
 class Documents(abc.ABC):
@@ -46,6 +54,7 @@ class Documents(abc.ABC):
     - blocks: numbers of the documents at which blocks begin, and at last the number of documents. Documents of one
       block are quick to read one after another; shuffling keeps them together. A source that reads any document as
       quickly as the next is one block.
+    - stamps: of the files that it reads, as they were before they were read
     - identity: equal for two data sets if they are the same, as far as can be told without reading all of them
     """
 
@@ -55,9 +64,11 @@ class Documents(abc.ABC):
         *,
         sizes: Sequence[int] | Int[np.ndarray, "..."] = (),
         blocks: Int[np.ndarray, "..."] | None = None,
+        stamps: Iterable[Stamp | None] = (),
     ):
         self.hashes = np.asarray(hashes, np.uint64)
         self.blocks = np.array([0, len(self.hashes)]) if blocks is None else blocks
+        self.stamps = [one for one in stamps if one is not None]
         content = self.hashes.tobytes() + np.asarray(sizes, np.int64).tobytes()
         self.identity = hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -72,7 +83,8 @@ class Subset(Documents):
     """Some documents of a data set, in its order."""
 
     def __init__(self, documents: Documents, indices: Int[np.ndarray, "chosen"]):
-        super().__init__(documents.hashes[indices], blocks=np.unique(np.searchsorted(indices, documents.blocks)))
+        blocks = np.unique(np.searchsorted(indices, documents.blocks))
+        super().__init__(documents.hashes[indices], blocks=blocks, stamps=documents.stamps)
         self.identity = f"{documents.identity}-{self.identity}"
         self._documents = documents
         self._indices = indices

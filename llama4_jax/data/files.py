@@ -8,6 +8,7 @@ from pathlib import Path
 from etils import epath
 
 from llama4_jax.data.documents import Documents, empty_error, find_files, hash64
+from llama4_jax.data.watch import stamp
 
 # Not prose or code worth learning: tests, other people's packages, and 120 character tables that are near copies of
 # each other, which would be in both splits.
@@ -18,11 +19,13 @@ class FileDocuments(Documents):
     """Whole files, as UTF-8; bytes that are not become U+FFFD. The split is by name. Empty files are left out."""
 
     def __init__(self, spec: str, paths: Sequence[epath.Path], names: Sequence[str]):
-        sizes = [path.stat().length for path in paths]
+        stamps = [stamp(path) for path in paths]
+        sizes = [path.stat().length if one is None else one.size for path, one in zip(paths, stamps, strict=True)]
         kept = [i for i, size in enumerate(sizes) if size]
         if not kept:
             raise empty_error(spec)
-        super().__init__([hash64(names[i].encode()) for i in kept], sizes=[sizes[i] for i in kept])
+        hashes, sizes = [hash64(names[i].encode()) for i in kept], [sizes[i] for i in kept]
+        super().__init__(hashes, sizes=sizes, stamps=[stamps[i] for i in kept])
         self._paths = [paths[i] for i in kept]
 
     @classmethod

@@ -26,7 +26,10 @@ from llama4_jax.data.documents import split as split_documents
 from llama4_jax.data.encode import Encoder
 from llama4_jax.data.mixture import heldout_documents, training_streams
 from llama4_jax.data.packing import PackedBatches
-from llama4_jax.data.sources import open_source
+from llama4_jax.data.position import MANY, enough, split_few
+from llama4_jax.data.sources import CONVERSATIONS, open_source, parse_source
+from llama4_jax.data.watch import Watch
+from llama4_jax.inputs.chat import ChatFormat
 from llama4_jax.inputs.image import ImageConfig
 from llama4_jax.inputs.tokenizer import Tokenizer
 
@@ -39,10 +42,11 @@ class Loader(Iterator[Batch]):
     Training never ends. Held-out does, and begins anew at each `iter`: `for batch in loader` is one evaluation.
     """
 
-    def __init__(self, batches: PackedBatches, *, restarts: bool, prefetch: int, identity: str):
+    def __init__(self, batches: PackedBatches, *, restarts: bool, prefetch: int, identity: str, watch: Watch):
         self._streams = tuple(batches.documents)
         self._restarts = restarts
         self._identity = identity
+        self._watch = watch
         self._batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
         self._start()
 
@@ -53,6 +57,8 @@ class Loader(Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
+        """Raises ValueError or FileNotFoundError soon after a file of the data was changed or removed."""
+        self._watch.look()
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -68,8 +74,8 @@ class Loader(Iterator[Batch]):
         if state["data"] != self._identity:
             raise ValueError(
                 f"the saved place in the data is of other data ({state['data']}) than this ({self._identity}): the "
-                f"files, the tokenizer, and data.sources, weights, seq_len, batch_size, tiles_per_row, max_tiles, "
-                f"loss_on, heldout_fraction, shuffle_seed and open_documents must be as they were."
+                f"files, the tokenizer, and data.sources, heldout_sources, weights, seq_len, batch_size, "
+                f"tiles_per_row, max_tiles, loss_on, heldout_fraction, shuffle_seed and open_documents must be as they were."
             )
         missing = [name for name in self._streams if name not in state["streams"]]
         if missing:
@@ -131,8 +137,10 @@ def make_loader(
     - process_index, process_count: this process gives rows i B / n to (i + 1) B / n of each batch
     - max_batches: end after so many; for held-out only
 
+    Few documents are cut by position (`data/position.py`): for a split that would have none, and for rows.
+
     Raises what `open_source` raises, and ValueError for a batch that the processes do not divide, for a split that has
-    no documents, and for fewer training documents than rows.
+    no documents, and for conversations that the tokenizer cannot express.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f'split must be "train" or "heldout", got {split!r}.')
@@ -146,11 +154,12 @@ def make_loader(
         raise ValueError(f"max_batches is for held-out data, and at least 1, got {max_batches} for {split}.")
     share = config.batch_size // process_count
     own = range(process_index * share, (process_index + 1) * share)
-    sources = _open(config, split)
+    _check_expressible(config, tokenizer)
+    sources = _open(config, split, tokenizer)
     encoder = Encoder(tokenizer, pictures, config.loss_on)
     if split == "train":
         total = sum(map(len, sources))
-        turns = min(config.open_documents, total // config.batch_size)
+        turns = max(1, min(config.open_documents, total // config.batch_size))
         streams = training_streams(sources, config.weights, config.shuffle_seed, turns * config.batch_size)
         names = [[f"{row}.{turn}" for row in own] for turn in range(turns)]
         documents = {name: streams[turn * config.batch_size + row] for turn in range(turns)
@@ -173,35 +182,49 @@ def make_loader(
         restarts=split == "heldout",
         prefetch=config.prefetch,
         identity=_identity(config, encoder, split, sources),
+        watch=Watch(one for documents in sources for one in documents.stamps),
     )
 
 
-def _open(config: DataConfig, split: Split) -> Sequence[Documents]:
+def _check_expressible(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for conversations in a vocabulary that cannot express them."""
+    for spec in (*config.sources, *config.heldout_sources):
+        if parse_source(spec).kind in CONVERSATIONS:
+            try:
+                ChatFormat(tokenizer).check()
+            except ValueError as error:
+                raise ValueError(f"data.sources: {spec} has conversations, but {error}") from error
+
+
+def _open(config: DataConfig, split: Split, tokenizer: Tokenizer) -> Sequence[Documents]:
     """One split of each source; held-out, of each that has one."""
-    train, heldout = zip(
-        *(split_documents(open_source(spec), config.heldout_fraction) for spec in config.sources), strict=True
-    )
+    if config.heldout_sources:
+        specs = config.sources if split == "train" else config.heldout_sources
+        opened = [open_source(spec, tokenizer) for spec in specs]
+        return enough(opened, config.batch_size) if split == "train" else opened
+    opened = [open_source(spec, tokenizer) for spec in config.sources]
+    parts = [split_documents(documents, config.heldout_fraction) for documents in opened]
+    if config.heldout_fraction:
+        none_held = not any(len(heldout) for _, heldout in parts)
+        for i, documents in enumerate(opened):
+            if none_held or (not len(parts[i][0]) and len(documents) < MANY):
+                parts[i] = split_few(documents, config.heldout_fraction)
     if split == "heldout":
-        found = [documents for documents in heldout if len(documents)]
+        found = [heldout for _, heldout in parts if len(heldout)]
         if not found:
             raise ValueError(
-                f"none of the {sum(map(len, train))} documents of data.sources is held out: raise "
-                f"data.heldout_fraction, which is {config.heldout_fraction}, or use more documents."
+                f"none of the {sum(map(len, opened))} documents of data.sources is held out: raise "
+                f"data.heldout_fraction, which is {config.heldout_fraction}, use more documents, or name others in "
+                f"data.heldout_sources."
             )
         return found
-    for spec, documents in zip(config.sources, train, strict=True):
+    for spec, (documents, _) in zip(config.sources, parts, strict=True):
         if not len(documents):
             raise ValueError(
                 f"all documents of {spec} are held out: lower data.heldout_fraction, which is "
-                f"{config.heldout_fraction}, or use more documents."
+                f"{config.heldout_fraction}, use more documents, or name others in data.heldout_sources."
             )
-    total = sum(map(len, train))
-    if total < config.batch_size:
-        raise ValueError(
-            f"data.batch_size is {config.batch_size}, but there are {total} documents to train on, and each row reads "
-            f"documents of its own: use fewer rows or more documents (text:PATH cuts a long file into many)."
-        )
-    return train
+    return enough([documents for documents, _ in parts], config.batch_size)
 
 
 def _identity(config: DataConfig, encoder: Encoder, split: Split, sources: Sequence[Documents]) -> str:

@@ -47,16 +47,16 @@ class DocumentStream:
             assert document is not None  # which grain gives for what a filter has dropped, and there is none
             self._encoded = self._encoder(document)
             _check_fits(document, self._encoded, row, row_tiles)
-            fits = isinstance(document, Conversation) and len(self._encoded.tokens) <= row
+            fits = isinstance(document, Conversation) and len(self._encoded) <= row
             self._whole = fits or self._encoded.num_tiles > 0
         if self._whole:
-            if len(self._encoded.tokens) > limit or self._encoded.num_tiles > tiles:
+            if len(self._encoded) > limit or self._encoded.num_tiles > tiles:
                 return None
             piece, self.place = self._encoded, (self._document + 1, 0)
             return piece
         start, stop = self._offset, self._offset + limit
-        piece = Piece(*(None if field is None else field[start:stop] for field in self._encoded))
-        if stop < len(self._encoded.tokens):
+        piece = self._encoded.part(start, stop)
+        if stop < len(self._encoded):
             self._offset = stop
         else:
             self.place = (self._document + 1, 0)
@@ -64,10 +64,10 @@ class DocumentStream:
 
 
 def _check_fits(document: Document, piece: Piece, row: int, row_tiles: int) -> None:
-    if not piece.num_tiles or (len(piece.tokens) <= row and piece.num_tiles <= row_tiles):
+    if not piece.num_tiles or (len(piece) <= row and piece.num_tiles <= row_tiles):
         return
     raise ValueError(
-        f"{getattr(document, 'where', 'a document')}: with its pictures it has {len(piece.tokens)} tokens and "
+        f"{getattr(document, 'where', 'a document')}: with its pictures it has {len(piece)} tokens and "
         f"{piece.num_tiles} tiles, and a row has room for {row} and {row_tiles}: raise data.seq_len or "
         f"data.tiles_per_row, or lower data.max_tiles, so that its pictures are cut into fewer."
     )
@@ -82,18 +82,18 @@ def fill_row(batch: Batch, row: int, stream: DocumentStream) -> None:
         piece = stream.take(seq_len - start, tiles=row_tiles - tiles, row=seq_len, row_tiles=row_tiles)
         if piece is None:
             break
-        here = (row, slice(start, start + len(piece.tokens)))
+        here = (row, slice(start, start + len(piece)))
         segment += 1
         batch.tokens[here] = piece.tokens
         batch.targets[here] = piece.targets
         batch.target_bytes[here] = piece.target_bytes
-        batch.positions[here] = np.arange(len(piece.tokens))
+        batch.positions[here] = np.arange(len(piece))
         batch.segment_ids[here] = segment
         batch.weights[here] = piece.weights
         if piece.tiles is not None:
             batch.images[row, tiles : tiles + piece.num_tiles] = piece.tiles
             tiles += piece.num_tiles
-        start += len(piece.tokens)
+        start += len(piece)
 
 
 class PackedBatches(grain.IterDataset[Batch]):

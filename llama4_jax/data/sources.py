@@ -5,6 +5,7 @@
     jsonl:PATH[#FIELD]        a document a line, in the field "text" if none is named
     parquet:PATH[#COLUMN]     a document a row, in the column "text" if none is named
     files:PATH                a document a file
+    tokens:PATH               ids of the tokenizer, in .npy files: cut at each end of text
     docstrings                those of the standard library: short texts in English
 
 With pictures, for models that read them (`rows` says what a row may be):
@@ -24,6 +25,7 @@ from etils import epath
 
 from llama4_jax.data.documents import Documents, find_files
 from llama4_jax.data.rows import RowReader, chat_rows, picture_rows, text_rows
+from llama4_jax.inputs.tokenizer import Tokenizer
 
 _FORMS = {
     "stdlib": "stdlib",
@@ -31,6 +33,7 @@ _FORMS = {
     "jsonl": "jsonl:PATH[#FIELD]",
     "parquet": "parquet:PATH[#COLUMN]",
     "files": "files:PATH",
+    "tokens": "tokens:PATH",
     "docstrings": "docstrings",
     "chat": "chat:PATH[#FIELD]",
     "pictures": "pictures:PATH[#FIELD]",
@@ -38,6 +41,7 @@ _FORMS = {
     "digit-pairs": "digit-pairs",
 }
 _FIELDS = {"jsonl": "text", "parquet": "text", "chat": "messages", "pictures": "text"}  # if none is named
+CONVERSATIONS = ("chat", "digits", "digit-pairs")  # kinds whose documents are conversations
 
 
 class Source(NamedTuple):
@@ -63,8 +67,8 @@ def parse_source(spec: str) -> Source:
     return Source(kind, path, field)
 
 
-def open_source(spec: str) -> Documents:
-    """The data set that a spec names.
+def open_source(spec: str, tokenizer: Tokenizer | None = None) -> Documents:
+    """The data set that a spec names. `tokenizer` is of the ids in a source of tokens, and otherwise not needed.
 
     What can be wrong with it is found here, not in the middle of a run, except for what only a read of a whole Parquet
     file would show. Raises FileNotFoundError if nothing matches, ValueError for files that are empty or not what they
@@ -88,6 +92,12 @@ def open_source(spec: str) -> Documents:
             from llama4_jax.data.files import FileDocuments
 
             return FileDocuments.find(path)
+        case "tokens":
+            from llama4_jax.data.tokens import TokenDocuments
+
+            if tokenizer is None:
+                raise ValueError(f"data.sources: {spec} can only be opened with its tokenizer.")
+            return TokenDocuments(path, tokenizer)
         case "text":
             from llama4_jax.data.text import TextDocuments
 

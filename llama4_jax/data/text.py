@@ -12,6 +12,7 @@ from etils import epath
 
 from llama4_jax.atomic import in_bucket
 from llama4_jax.data.documents import Documents, empty_error, find_files, hash64
+from llama4_jax.data.watch import stamp
 
 _PIECE = 16_384  # bytes: long enough to learn from, short enough that a megabyte has both splits
 
@@ -25,8 +26,9 @@ class TextDocuments(Documents):
     def __init__(self, pattern: str):
         paths, _ = find_files(pattern, "*.txt")
         self._pieces: list[tuple[epath.Path, int, int]] = []
-        hashes = []
+        hashes, stamps = [], []
         for path in paths:
+            stamps.append(stamp(path))
             if path.stat().length == 0:
                 continue
             with _content(path) as content:
@@ -38,13 +40,16 @@ class TextDocuments(Documents):
                     start = stop
         if not hashes:
             raise empty_error(f"text:{pattern}")
-        super().__init__(hashes, sizes=[length for _, _, length in self._pieces])
+        super().__init__(hashes, sizes=[length for _, _, length in self._pieces], stamps=stamps)
 
     def __getitem__(self, index: int) -> str:
         path, start, length = self._pieces[index]
         with path.open("rb") as file:
             file.seek(start)
-            return file.read(length).decode("utf-8", errors="replace")
+            piece = file.read(length)
+        if len(piece) < length:
+            raise ValueError(f"data.sources: {path} was cut short while the run reads it.")
+        return piece.decode("utf-8", errors="replace")
 
 
 @contextlib.contextmanager

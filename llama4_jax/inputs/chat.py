@@ -71,8 +71,18 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         special = tokenizer.special_tokens
-        self._header_start, self._header_end = special["<|header_start|>"], special["<|header_end|>"]
-        self._eot, self._eom = special["<|eot|>"], special["<|eom|>"]
+        self._header_start, self._header_end = special.get("<|header_start|>"), special.get("<|header_end|>")
+        self._eot, self._eom = special.get("<|eot|>"), special.get("<|eom|>")
+
+    def check(self) -> None:
+        """Raises ValueError if the vocabulary lacks what a conversation is written with."""
+        needed = ("<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>")
+        missing = [name for name in needed if name not in self.tokenizer.special_tokens]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no {', '.join(missing)}, which conversations are written with. Use Llama 4's "
+                f'tokenizer or "bytes", or add these to your own as special tokens.'
+            )
 
     def encode(
         self,
@@ -91,8 +101,9 @@ class ChatFormat:
         - tool_style: one of `TOOL_STYLES`: how tools are to be called, and how calls that were made are written
 
         Raises ValueError for what is no conversation, for more or fewer pictures than the messages have, and for an
-        unknown style.
+        unknown style; and as `check`.
         """
+        self.check()
         if tool_style not in TOOL_STYLES:
             raise ValueError(f"tool_style should be one of {', '.join(TOOL_STYLES)}, and is {tool_style!r}.")
         said = read_messages(messages)

@@ -4,44 +4,49 @@ A tokenizer.json writes bytes as printable characters (GPT-2's table), and prior
 that become a third. A piece's rank in tokenizer.model is the priority of every pair that makes it. Source: the format
 of the package `tokenizers`; `TikTokenConverter` of transformers 5.23 for how ranks become merges.
 
-Reading turns the merges back into ranks, and refuses a file that would give any text other ids than its
-tokenizer.model: one with other merges, another expression or a normalizer. Special tokens have the ids that the file
+Reading turns the merges back into ranks, and refuses a file that has Llama 4's 200 000 pieces and would give any text
+other ids than its tokenizer.model: one with other merges, another expression or a normalizer. A file with any other
+vocabulary is another tokenizer, and is read as one. Special tokens have the ids that the file
 says. Published files of Llama 4 name fewer than Meta's code, and a padding token `<|finetune_right_pad_id|>` at the
 id of Meta's `<|reasoning_reserved_special_token_0|>`; ids that the file leaves free, up to Meta's 202047, keep Meta's
 names.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from llama4_jax.inputs.tokenizer import HF_FILE, LLAMA4_SPECIAL, BPETokenizer, ByteTokenizer, Tokenizer
+from llama4_jax.inputs.other_tokenizer import OtherTokenizer
+from llama4_jax.inputs.other_tokenizer import byte_characters as _byte_characters
+from llama4_jax.inputs.tokenizer import HF_FILE, LLAMA4_SPECIAL, BPETokenizer, ByteTokenizer, Llama4Names, Tokenizer
+from llama4_jax.untrusted_json import read_json
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 def read_tokenizer_json(path: str | epath.PathLike) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes: Llama 4's, or one of bytes that `tokenizer_json` wrote.
+    """The tokenizer that a tokenizer.json describes: Llama 4's, one of bytes that `tokenizer_json` wrote, or any other
+    that the package `tokenizers` reads (`other_tokenizer.py`).
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is damaged or describes another tokenizer: the
-    error says what differs.
+    Raises FileNotFoundError if there is no such file; ValueError if it is damaged, if it has Llama 4's vocabulary and
+    would give a text other ids, saying what differs, and as `OtherTokenizer` does.
     """
     path = epath.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such tokenizer file: {path}")
-    file = path.read_bytes()
+    said = read_json(path, of=dict[str, Any])
+    model = said.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or len(vocab) not in (256, BPETokenizer.BASE_SIZE):
+        return OtherTokenizer(path)
     try:
-        said = json.loads(file)
         pieces, special = _pieces(said), _special(said)
         if len(pieces) == 256:
             return _byte_tokenizer(said, pieces, special)
-        return _HFTokenizer(said, pieces, special, file)
-    except _Differs as error:
+        return _HFTokenizer(said, pieces, special, path.read_bytes())
+    except (_Differs, ValueError) as error:
+        if len(vocab) == 256:
+            return OtherTokenizer(path)
         raise ValueError(f"{path} is not Llama 4's tokenizer: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or no tokenizer.json: {error}.") from error
 
 
 class _Differs(Exception):
@@ -161,7 +166,7 @@ def _optional(name: str) -> bool:
     return "reserved" in name or "reasoning" in name
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: Llama4Names) -> dict[str, Any]:
     """The content of tokenizer.json: gives every text the ids of `tokenizer`, after begin_of_text, as published."""
     pieces = tokenizer.pieces
     spell = _byte_characters()
@@ -218,7 +223,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Llama4Names, context_length: int) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -235,10 +240,3 @@ def _merges(piece: bytes, ids: dict[bytes, int]) -> list[tuple[int, int]]:
     """The pairs of pieces that make this one, those of lower ranks first."""
     cuts = ((ids.get(piece[:i]), ids.get(piece[i:])) for i in range(1, len(piece)))
     return sorted((left, right) for left, right in cuts if left is not None and right is not None)
-
-
-def _byte_characters() -> list[str]:
-    """GPT-2's printable character for each byte: itself if it is one in Latin-1, else the next one from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]

@@ -1,9 +1,9 @@
-"""Text ↔ token ids: bytes for small models, and Llama 4's own BPE.
+"""Text ↔ token ids: bytes for small models, Llama 4's own BPE, and any other tokenizer.json (`other_tokenizer.py`).
 
-Both speak one language (`Tokenizer`): special tokens have Llama 4's names, so that chat, images and stop tokens are
-spelled alike whatever the vocabulary. `encode` never produces a special token from text: `<|eot|>` in a user's message,
-a file or a tool's result is seven harmless characters, and no input can end a turn or start a role. Special tokens are
-put in by id, by whoever builds a prompt.
+All speak one language (`Tokenizer`). Bytes and Llama 4's BPE have special tokens of Llama 4's names, so that chat and
+pictures are spelled alike in both; what another tokenizer lacks of them it cannot express. `encode` never produces a
+special token from text: `<|eot|>` in a user's message, a file or a tool's result is seven harmless characters, and no
+input can end a turn or start a role. Special tokens are put in by id, by whoever builds a prompt.
 
 Sources: `tokenizer.model` and `llama4/tokenizer.py` of llama-models 0.3.0 for the ids, the limits and the order of the
 special tokens; the o200k expression is published with tiktoken.
@@ -15,13 +15,14 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, SupportsIndex
 
 import numpy as np
 import tiktoken
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, Integer
+from numpy.typing import ArrayLike
 
 from llama4_jax.atomic import write_atomically
 
@@ -60,62 +61,65 @@ LLAMA4_SPECIAL = _named(
 
 
 class Tokenizer(abc.ABC):
-    """What all tokenizers have in common: a table from id to bytes, of which the last ids are special.
+    """What all tokenizers have in common: a table from id to bytes, and which of the ids are special.
 
-    - vocab_size: ids are 0 … vocab_size - 1, and each stands for something
-    - bos_id, eos_id, pad_id: begin_of_text, end_of_text, finetune_right_pad
-    - stop_ids: where a reply ends: end_of_text, eom, eot
+    - vocab_size: ids are 0 … vocab_size - 1
+    - id_dtype: the smallest integers that hold every id, uint16 or int32
+    - bos_id, eos_id, pad_id: what begins a document, what ends it, and what fills a row
+    - stop_ids: where a reply ends
     - special_tokens: full name, as in `<|eot|>`, to id
     - fingerprint: equal for two tokenizers exactly if they give every text and every special token the same ids
     """
 
-    def __init__(self, kind: str, pieces: Sequence[bytes], special: Sequence[str]):
-        self._bytes = [*pieces, *(name.encode() for name in special)]
-        self._first_special = len(pieces)
-        self._lengths = np.array([*map(len, pieces), *(0 for _ in special)], np.int32)
-        self.vocab_size = len(self._bytes)
-        self.special_tokens: dict[str, int] = {name: len(pieces) + i for i, name in enumerate(special)}
-        self.bos_id = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self.pad_id = self.special_tokens["<|finetune_right_pad|>"]
-        self.stop_ids = (self.eos_id, self.special_tokens["<|eom|>"], self.special_tokens["<|eot|>"])
-        table = b"".join(len(piece).to_bytes(4, "little") + piece for piece in self._bytes)
-        self.fingerprint = f"{kind}-{hashlib.blake2b(table, digest_size=8).hexdigest()}"
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    fingerprint: str
 
-    @property
-    def pieces(self) -> list[bytes]:
-        """What each id that is not special stands for."""
-        return self._bytes[: self._first_special]
+    def __init__(self, table: Sequence[bytes], special_tokens: Mapping[str, int]):
+        """`table`: what each id stands for, special tokens by their names."""
+        self._bytes = list(table)
+        self.vocab_size = len(self._bytes)
+        self.id_dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+        self.special_tokens: dict[str, int] = dict(special_tokens)
+        self._is_special = np.zeros(self.vocab_size, bool)
+        self._is_special[list(self.special_tokens.values())] = True
+        self._lengths = np.where(self._is_special, 0, [*map(len, self._bytes)]).astype(np.int32)
 
     @abc.abstractmethod
-    def _encode(self, text: str) -> list[int]: ...
+    def _encode(self, text: str) -> Iterator[ArrayLike]:
+        """Ids of the text, in parts: so that a long text is never a list of as many Python integers."""
 
     @abc.abstractmethod
     def save(self, directory: str | epath.PathLike) -> None:
         """Write into an existing directory what `load_tokenizer(directory)` needs to give this tokenizer again."""
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of the text alone; `bos` and `eos` put begin_of_text before and end_of_text after.
+    def encode_array(self, text: str, *, bos: bool = False, eos: bool = False) -> Integer[np.ndarray, " T"]:
+        """Ids of the text alone, of `id_dtype`; `bos` and `eos` put what begins a document before, and what ends it
+        after.
 
         A lone surrogate, which UTF-8 cannot express, becomes U+FFFD.
         """
-        ids = self._encode(text)
-        if bos:
-            ids.insert(0, self.bos_id)
-        if eos:
-            ids.append(self.eos_id)
-        return ids
+        parts = [[self.bos_id] if bos else [], *self._encode(text), [self.eos_id] if eos else []]
+        return np.concatenate(parts, dtype=self.id_dtype, casting="unsafe")
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """As `encode_array`, as a list."""
+        return self.encode_array(text, bos=bos, eos=eos).tolist()
 
     def decode_bytes(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> bytes:
         """The bytes that ids stand for, special tokens as their names. Raises ValueError for an id out of range."""
-        stop = self._first_special if skip_special else self.vocab_size
-        return b"".join([self._bytes[i] for i in self._checked(ids).tolist() if i < stop])
+        array = self._checked(ids)
+        if skip_special and array.size:
+            array = array[~self._is_special[array]]
+        return b"".join([self._bytes[i] for i in array.tolist()])
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special: bool = False) -> str:
         """As `decode_bytes`, read as UTF-8; what is not UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids, skip_special=skip_special).decode("utf-8", errors="replace")
 
-    def token_bytes(self, ids: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    def token_bytes(self, ids: Integer[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
         """How many bytes of text each id stands for: int32; special tokens stand for none. For bits per byte."""
         return self._lengths[self._checked(ids)]
 
@@ -130,7 +134,31 @@ class Tokenizer(abc.ABC):
         return array
 
 
-class ByteTokenizer(Tokenizer):
+class Llama4Names(Tokenizer):
+    """A tokenizer whose special tokens have Llama 4's names, and come after all other ids.
+
+    begin_of_text, end_of_text and finetune_right_pad are `bos_id`, `eos_id` and `pad_id`; a reply ends with
+    end_of_text, eom or eot.
+    """
+
+    def __init__(self, kind: str, pieces: Sequence[bytes], special: Sequence[str]):
+        table = [*pieces, *(name.encode() for name in special)]
+        super().__init__(table, {name: len(pieces) + i for i, name in enumerate(special)})
+        self._first_special = len(pieces)
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.pad_id = self.special_tokens["<|finetune_right_pad|>"]
+        self.stop_ids = (self.eos_id, self.special_tokens["<|eom|>"], self.special_tokens["<|eot|>"])
+        content = b"".join(len(piece).to_bytes(4, "little") + piece for piece in table)
+        self.fingerprint = f"{kind}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """What each id that is not special stands for."""
+        return self._bytes[: self._first_special]
+
+
+class ByteTokenizer(Llama4Names):
     """Id 0 to 255 is that byte of UTF-8; then Llama 4's 21 named special tokens in its order, from 256 on.
 
     The vocabulary is filled up to 320 with reserved tokens: a multiple of 64, so that meshes divide the embedding.
@@ -143,8 +171,8 @@ class ByteTokenizer(Tokenizer):
         free = self.VOCAB_SIZE - 256 - len(named)
         super().__init__("bytes", [bytes([i]) for i in range(256)], named + _named(*_reserved("", 0, free - 1)))
 
-    def _encode(self, text: str) -> list[int]:
-        return list(utf8(text))
+    def _encode(self, text: str) -> Iterator[ArrayLike]:
+        yield np.frombuffer(utf8(text), np.uint8)
 
     def save(self, directory: str | epath.PathLike) -> None:
         write_atomically(
@@ -152,7 +180,7 @@ class ByteTokenizer(Tokenizer):
         )
 
 
-class BPETokenizer(Tokenizer):
+class BPETokenizer(Llama4Names):
     """Llama 4's byte-pair encoding: 200 000 pieces from `tokenizer.model`, then 2 048 special tokens.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is damaged or another model's.
@@ -195,11 +223,9 @@ class BPETokenizer(Tokenizer):
             "llama4", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
 
-    def _encode(self, text: str) -> list[int]:
-        ids = []
+    def _encode(self, text: str) -> Iterator[ArrayLike]:
         for piece in _bounded(text):
-            ids += self._bpe.encode_ordinary(piece)
-        return ids
+            yield np.array(self._bpe.encode_ordinary(piece), self.id_dtype)
 
     def save(self, directory: str | epath.PathLike) -> None:
         write_atomically(epath.Path(directory) / self._file_name, self._file)
@@ -229,8 +255,9 @@ class StreamDecoder:
 def load_tokenizer(spec: str | epath.PathLike) -> Tokenizer:
     """The tokenizer that a spec names: "bytes", or a path.
 
-    The path is of a `tokenizer.model` or a Hugging Face `tokenizer.json`, or of a directory that holds one, or to which
-    a tokenizer was saved. Raises FileNotFoundError if there is none, ValueError if it is damaged or another model's.
+    The path is of Llama 4's `tokenizer.model` or of a Hugging Face `tokenizer.json`, of Llama 4 or any other model; or
+    of a directory that holds one, or to which a tokenizer was saved. Raises FileNotFoundError if there is none,
+    ValueError if it is damaged, or what it describes cannot be used.
     """
     from llama4_jax.inputs.hf_tokenizer import read_tokenizer_json  # it builds on this file
 
@@ -239,7 +266,9 @@ def load_tokenizer(spec: str | epath.PathLike) -> Tokenizer:
     path = epath.Path(spec)
     if not path.is_dir():
         if not path.is_file():
-            raise FileNotFoundError(f'no such tokenizer: {path}. Give "bytes", or the path of a {BPE_FILE}.')
+            raise FileNotFoundError(
+                f'no such tokenizer: {path}. Give "bytes", or the path of a {HF_FILE} or {BPE_FILE}.'
+            )
         return read_tokenizer_json(path) if path.suffix == ".json" else BPETokenizer(path)
     readers = {BYTES_FILE: _read_byte_tokenizer, BPE_FILE: BPETokenizer, HF_FILE: read_tokenizer_json}
     for name, read in readers.items():

@@ -5,16 +5,19 @@ config), and the same command resumes it, with the same numbers bit for bit on t
 """
 
 import contextlib
+import datetime
 import functools
 import json
 import math
 import shlex
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +29,11 @@ from jax.sharding import Mesh
 
 from llama4_jax.atomic import write_atomically
 from llama4_jax.config import RunConfig, differences, from_json, to_json
-from llama4_jax.data.batch import Batch
+from llama4_jax.data.batch import Batch, empty_batch
 from llama4_jax.data.loader import Loader, make_loader, merge_states
+from llama4_jax.data.sources import parse_source
 from llama4_jax.infer.generate import generate
-from llama4_jax.inputs.tokenizer import Tokenizer, load_tokenizer
+from llama4_jax.inputs.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from llama4_jax.model.flops import count_parameters, train_flops_per_tile, train_flops_per_token
 from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.processor import image_config
@@ -38,13 +42,16 @@ from llama4_jax.train import hosts
 from llama4_jax.train.lock import alone
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
-from llama4_jax.train.optimizer import learning_rate
 from llama4_jax.train.rows import Rows
 from llama4_jax.train.stage import Stage
-from llama4_jax.train.step import StepMetrics, Trainer, TrainState, make_trainer
+from llama4_jax.train.step import Step, StepMetrics, Trainer, TrainState, batch_shardings, make_trainer
 from llama4_jax.train.stop import Stop, stop_signals
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
 from llama4_jax.weights.load import initial_weights
+
+T = TypeVar("T")
+
+_SAMPLED, _SEARCHED = 16_384, 4_000_000  # tokens: to say what share of them are targets; until there must be one
 
 
 class NotFinite(RuntimeError):
@@ -61,6 +68,7 @@ class Parts(NamedTuple):
     rows: Rows
     batches: Loader
     heldout: Loader | None
+    share_of_targets: float  # of the tokens, in the first batches
 
 
 def train(config: RunConfig) -> epath.Path:
@@ -83,7 +91,8 @@ def train(config: RunConfig) -> epath.Path:
         contextlib.closing(make()) as checkpoints,
     ):
         hosts.check_same("run_dir, which all must share", {f"checkpoints in {run}": str(checkpoints.steps())})
-        state = restore(config, trainer, checkpoints, batches)
+        compiled = CompiledStep(config, trainer)
+        state = restore(config, trainer, checkpoints, batches, before_init=lambda: compiled.start(0))
         first = int(state.step)
         with hosts.together("resuming"):
             if first > config.steps:
@@ -96,34 +105,93 @@ def train(config: RunConfig) -> epath.Path:
                 write_atomically(run / "config.json", to_json(config))
         with contextlib.closing(Log(run, first_step=first, steps=config.steps)) as log:
             describe(config, parts, first, log)
-            state = run_steps(config, parts, state, checkpoints, log, stop)
+            state = run_steps(config, parts, state, checkpoints, log, stop, compiled)
         if int(state.step) == config.steps:
             show_sample(config, trainer, state, parts.tokenizer, run, log)
     return run
 
 
 def prepare(config: RunConfig) -> Parts:
-    """Raises ValueError and OSError as `train` does. Waits for no other host."""
-    config.check_mesh(jax.device_count())
+    """Raises ValueError and OSError as `train` does: all that is wrong at once. Waits for no other host."""
+    problems: list[ValueError | OSError] = []
+
+    def attempt(make: Callable[[], T]) -> T | None:
+        try:
+            return make()
+        except (ValueError, OSError) as error:
+            problems.append(error)
+            return None
+
+    attempt(lambda: config.check_mesh(jax.device_count()))
+    tokenizer = attempt(lambda: checked_tokenizer(config))
+    directory = epath.Path(config.run_dir) / config.name
+    attempt(lambda: check_same_run(directory, config))
+    ids = any(parse_source(spec).kind == "tokens" for spec in (*config.data.sources, *config.data.heldout_sources))
+    if problems and (tokenizer is not None or not ids):  # what else is wrong, so that all of it can be mended at once
+        attempt(lambda: make_loader(config.data, tokenizer or ByteTokenizer(), split="train").close())
+    raise_all(problems)
     mesh = make_mesh(config.mesh)
+    vision = config.model.vision
+    pictures = attempt(
+        lambda: None if vision is None else image_config(vision, tokenizer, max_tiles=config.data.max_tiles)
+    )
+    trainer = attempt(lambda: make_trainer(config, mesh, next_token))
+    rows = attempt(lambda: Rows(mesh, config.data.batch_size))
+    raise_all(problems)
+    how = {"pictures": pictures, "process_index": rows.share, "process_count": rows.shares}
+    batches = attempt(lambda: make_loader(config.data, tokenizer, split="train", **how))
+    heldout = None
+    if config.data.holds_out:
+        heldout = attempt(
+            lambda: make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **how)
+        )
+    raise_all(problems)
+    share = attempt(lambda: share_of_targets(batches, "data.sources"))
+    if heldout is not None:
+        attempt(lambda: share_of_targets(heldout, "the held-out data"))
+    raise_all(problems)
+    return Parts(directory, mesh, tokenizer, trainer, rows, batches, heldout, share)
+
+
+def raise_all(problems: list[ValueError | OSError]) -> None:
+    """One error for several; the same one twice is one."""
+    by_text = {str(problem): problem for problem in problems}
+    if len(by_text) == 1:
+        raise next(iter(by_text.values()))
+    if by_text:
+        raise ValueError("\n".join(by_text))
+
+
+def checked_tokenizer(config: RunConfig) -> Tokenizer:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
             f"data.tokenizer={config.data.tokenizer!r})."
         )
-    vision = config.model.vision
-    pictures = None if vision is None else image_config(vision, tokenizer, max_tiles=config.data.max_tiles)
-    trainer = make_trainer(config, mesh, next_token)
-    rows = Rows(mesh, config.data.batch_size)
-    how = {"pictures": pictures, "process_index": rows.share, "process_count": rows.shares}
-    batches = make_loader(config.data, tokenizer, split="train", **how)
-    heldout = None
-    if config.data.heldout_fraction:
-        heldout = make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **how)
-    directory = epath.Path(config.run_dir) / config.name
-    check_same_run(directory, config)
-    return Parts(directory, mesh, tokenizer, trainer, rows, batches, heldout)
+    return tokenizer
+
+
+def share_of_targets(batches: Loader, what: str) -> float:
+    """The fraction of tokens, padding not counted, that the first batches give the loss. Leaves the loader where it is.
+
+    Raises ValueError if a few million have none: such a run learns, or measures, nothing.
+    """
+    place = batches.get_state()
+    tokens = targets = 0
+    for batch in batches:
+        tokens += int(np.sum(batch.segment_ids > 0))
+        targets += int(np.sum(batch.weights > 0))
+        if tokens >= (_SAMPLED if targets else _SEARCHED):
+            break
+    batches.set_state(place)
+    if not targets:
+        raise ValueError(
+            f"none of the first {tokens:,} tokens of {what} is a target of the loss, so there is nothing to learn or to "
+            f"measure. With data.loss_on replies, conversations need messages of the assistant that begin within a row "
+            f"(data.seq_len)."
+        )
+    return targets / tokens
 
 
 def check_same_run(run: epath.Path, config: RunConfig) -> None:
@@ -138,15 +206,19 @@ def check_same_run(run: epath.Path, config: RunConfig) -> None:
         )
 
 
-def restore(config: RunConfig, trainer: Trainer, checkpoints: Checkpoints, batches: Loader) -> TrainState:
-    """The state of the newest checkpoint, with `batches` put where it was; or a new state."""
+def restore(
+    config: RunConfig, trainer: Trainer, checkpoints: Checkpoints, batches: Loader, before_init: Callable[[], None]
+) -> TrainState:
+    """The state of the newest checkpoint, with `batches` put where it was; or a new state, after `before_init`."""
 
     def abstract():
         return split_leaves(trainer.abstract)
 
     saved = checkpoints.newest(abstract=abstract)
     if saved is None:
-        state = trainer.init()
+        before_init()
+        with compiling("the first parameters", say_first):
+            state = jax.block_until_ready(trainer.init())
         if config.init_from is not None:
             model, training = split_leaves(state)
             state = with_leaves(state, {**initial_weights(config.init_from, config.model, model), **training})
@@ -172,14 +244,16 @@ def run_steps(
     checkpoints: Checkpoints,
     log: Log,
     stop: Stop,
+    compiled: "CompiledStep",
 ) -> TrainState:
     """The loop. Figures are read when the next step is under way, so that the devices never wait for the console."""
     trainer, rows, heldout = parts.trainer, parts.rows, parts.heldout
     stage = Stage(parts.batches, next_token)
     evaluate = make_evaluation(trainer, rows)
-    schedule = learning_rate(config.optimizer, config.steps)
-    rate = Rate(config, peak_flops(trainer.mesh.size))
     first = step = int(state.step)
+    if step < config.steps:
+        compiled.at(step, log.say)
+    rate = Rate(config, peak_flops(trainer.mesh.size))  # measured when nothing is compiled beside it
     pending: tuple[int, StepMetrics] | None = None
     previous: StepMetrics | None = None
 
@@ -189,10 +263,9 @@ def run_steps(
             return
         at, metrics = pending
         pending = None
-        values = figures(metrics)
-        values |= {"learning_rate": float(schedule(at - 1)), **rate.take(at)}
+        values = figures(metrics) | rate.take(at)
         log.write(at, values)
-        log.show(at, summary(values))
+        log.show(at, summary(values, config.steps - at, rate.seconds_per_step))
         if int(metrics.bad_steps) >= config.max_bad_steps:
             raise NotFinite(
                 f"the loss or its gradient was not finite in {int(metrics.bad_steps)} steps in a row, up to step {at}. "
@@ -216,7 +289,7 @@ def run_steps(
             break
         profile.before(step)
         batch = rows.on_devices(next(stage.batches))
-        state, metrics = trainer.step_at(step)(state, batch, stage.frozen)
+        state, metrics = compiled.at(step, log.say)(state, batch, stage.frozen)
         profile.after(step, metrics)
         jax.block_until_ready(previous)  # one step waits while another runs: a signal is heeded soon, the bar is true
         previous = metrics
@@ -225,7 +298,7 @@ def run_steps(
         report()  # of the step before
         if step == first + 1:
             jax.block_until_ready(state)
-            rate.start(step)  # the first step compiles
+            rate.start(step)  # the first step touches its memory
         if step % config.log_every == 0 or step == config.steps:
             pending = (step, metrics)
         if heldout is not None and (step % config.eval_every == 0 or step == config.steps):
@@ -246,6 +319,69 @@ def run_steps(
     return state
 
 
+class CompiledStep:
+    """The train step, compiled in the background while the first parameters are made, and other parts of it when other
+    parameters begin to learn."""
+
+    def __init__(self, config: RunConfig, trainer: Trainer):
+        self._config, self._trainer = config, trainer
+        self._jitted: Step | None = None
+        self._made: Future[Step] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="compiling")
+
+    def start(self, step: int) -> None:
+        """Begins to compile the update after so many others."""
+        self._jitted = self._trainer.step_at(step)
+        self._made = self._worker.submit(self._compile, self._jitted)
+
+    def at(self, step: int, say: Callable[[str], None]) -> Step:
+        """The update after so many others; waits for it, and says so."""
+        if self._trainer.step_at(step) is not self._jitted:
+            self.start(step)
+        if not self._made.done():
+            with compiling("the train step", say):
+                wait([self._made])
+        return self._made.result()
+
+    def _compile(self, jitted: Step) -> Step:
+        config, mesh = self._config, self._trainer.mesh
+        data, vision = config.data, config.model.vision
+        tile_size = vision.image_size if vision and data.tiles_per_row else 0
+        batch = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype, sharding=sharding),
+            empty_batch(1, data.seq_len, 0, tiles=data.tiles_per_row, tile_size=tile_size),
+            batch_shardings(mesh, images=data.tiles_per_row > 0),
+        )
+        with jax.set_mesh(mesh):  # of this thread
+            return jitted.lower(self._trainer.abstract, batch, None).compile()
+
+
+@contextlib.contextmanager
+def compiling(what: str, say: Callable[[str], None], every: float = 10.0) -> Iterator[None]:
+    """Says that this is compiled, how long it has taken so far, and how long it took."""
+    start, ended = time.perf_counter(), threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(every):
+            say(f"compiling {what} … {time.perf_counter() - start:.0f} s")
+
+    say(f"compiling {what} …")
+    clock = threading.Thread(target=tick, daemon=True)
+    clock.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        clock.join()
+    say(f"compiled {what} in {time.perf_counter() - start:.1f} s")
+
+
+def say_first(line: str) -> None:
+    """On the first host, before there is a log."""
+    if hosts.index() == 0:
+        print(line, flush=True)
+
+
 class Rate:
     """Tokens a second since the last report, and the share of the machine's peak that the model's operations are."""
 
@@ -255,6 +391,7 @@ class Rate:
         tokens = self._tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
         self._flops_per_step = tokens + tiles
         self._peak = peak
+        self.seconds_per_step: float | None = None
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -265,6 +402,7 @@ class Rate:
         self.start(step)
         if steps <= 0:
             return {}
+        self.seconds_per_step = seconds / steps
         tokens_per_second = steps * self._tokens_per_step / seconds
         values = {"tokens_per_second": tokens_per_second}
         if self._peak is not None:
@@ -272,8 +410,10 @@ class Rate:
         return values
 
 
-def summary(values: dict[str, float]) -> str:
+def summary(values: dict[str, float], steps_left: int, seconds_per_step: float | None) -> str:
+    """A line of figures; docs/training.md says what each means."""
     parts = [f"loss {values['loss']:.3f}", f"{values['bits_per_byte']:.3f} bits/byte"]
+    parts += [f"lr {values['learning_rate']:.2e}", f"grad {values['grad_norm']:.2f}"]
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in values:
@@ -282,6 +422,8 @@ def summary(values: dict[str, float]) -> str:
         parts.append(f"MaxVio {values['max_violation']:.2f} dead {values['dead_experts']:.1f}")
     if values["skipped"]:
         parts.append(f"skipped {values['skipped']}")
+    if seconds_per_step is not None and steps_left:
+        parts.append(f"left {datetime.timedelta(seconds=round(steps_left * seconds_per_step))}")
     return "  ".join(parts)
 
 
@@ -289,17 +431,18 @@ class Heldout(NamedTuple):
     """What held-out data shows: all its nats, in bits, over all its bytes; and how many documents of which a part is
     to be foretold, such as a conversation's replies, had all of it right: what greedy decoding would write."""
 
-    bits_per_byte: float
+    bits_per_byte: float | None  # None: its targets are special tokens alone, which stand for no bytes
     exact: int
     replies: int
 
     def figures(self) -> dict[str, float]:
-        found = {"heldout_bits_per_byte": self.bits_per_byte}
+        found = {} if self.bits_per_byte is None else {"heldout_bits_per_byte": self.bits_per_byte}
         return found | ({"heldout_exact_replies": self.exact / self.replies} if self.replies else {})
 
     def __str__(self) -> str:
         share = f", {self.exact / self.replies:.1%} of {self.replies} replies exact" if self.replies else ""
-        return f"{self.bits_per_byte:.4f} bits per byte{share}"
+        bits = "no bytes to measure" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f} bits per byte"
+        return bits + share
 
 
 def make_evaluation(trainer: Trainer, rows: Rows) -> Callable[[TrainState, Iterable[Batch]], Heldout]:
@@ -328,7 +471,7 @@ def make_evaluation(trainer: Trainer, rows: Rows) -> Callable[[TrainState, Itera
             found = jax.device_get(sums(state.params, state.bias, rows.on_devices(batch)))
             nats, length = nats + float(found[0]), length + int(found[1])
             exact, replies = exact + int(found[2]), replies + int(found[3])
-        return Heldout(nats / math.log(2) / length, exact, replies)
+        return Heldout(nats / math.log(2) / length if length else None, exact, replies)
 
     return evaluate
 
@@ -400,6 +543,10 @@ def describe(config: RunConfig, parts: Parts, step: int, log: Log) -> None:
         f"{config.name}: {count.total / 1e6:,.1f} M parameters, {count.active / 1e6:,.1f} M of them active{pictures}; "
         f"{config.data.batch_size} x {config.data.seq_len} tokens a step; mesh: {mesh}"
     )
+    share = parts.share_of_targets
+    log.say(f"{'all' if share == 1 else f'{share:.1%}'} of the tokens are targets of the loss, in the first batches")
+    log.say(f"figures: {parts.directory / 'metrics.jsonl'}, and in a browser by")
+    log.say(f"  pip install tensorboard && tensorboard --logdir {shlex.quote(str(parts.directory / 'tensorboard'))}")
     if step:
         log.say(f"resumed at step {step} of {config.steps}")
 

@@ -31,7 +31,7 @@ def peak_flops(num_devices: int) -> float | None:
     return None if chip is None else chip.bf16 * num_devices
 
 
-def _measured_cpu_flops(size: int = 2048, rounds: int = 5) -> float:
+def _measured_cpu_flops(size: int = 1024, rounds: int = 5) -> float:
     seconds = []
     with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.devices("cpu")[:1])):  # whatever mesh is in use
         x = jnp.ones((size, size), jnp.float32)
@@ -52,6 +52,7 @@ def figures(metrics: StepMetrics) -> dict[str, float]:
         "loss": loss,
         "bits_per_byte": loss * float(got.tokens) / math.log(2) / max(target_bytes, 1),
         "grad_norm": float(got.grad_norm),
+        "learning_rate": float(got.learning_rate),
         "tokens": int(got.tokens),
         "skipped": int(got.skipped),
     }
@@ -82,7 +83,7 @@ class Log:
                 BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
                 TextColumn("left"), TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
-            self._task = self._progress.add_task("", total=steps, completed=first_step, text="compiling …")
+            self._task = self._progress.add_task("", total=steps, completed=first_step, text="starting …")
             self._progress.start()
         self._steps = steps
 

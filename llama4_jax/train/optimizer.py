@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import optax
 from flax import nnx
+from jaxtyping import Array, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate at each step: linear from 0 to the peak, then cosine to the end, or constant and linear to the end."""
+    """The rate at each step, counted from 0: linear from 0 to the peak, then cosine to the end, or constant and linear
+    to the end."""
     warmup = min(config.warmup_steps, steps)
     rise = optax.linear_schedule(0.0, config.peak_lr, max(warmup, 1))
     after = max(steps - warmup, 1)
@@ -67,6 +69,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=decays,
         ),
     )
+
+
+def at_step(state: optax.OptState, step: Int[Array, ""]) -> optax.OptState:
+    """The optimizer's state with its schedule at this step. optax counts updates; a run counts steps, those that were
+    left out included, so that its schedule ends when it does. Adam's bias correction goes on counting updates."""
+
+    def scheduled(part) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    return jax.tree.map(lambda part: part._replace(count=step) if scheduled(part) else part, state, is_leaf=scheduled)
 
 
 def decays(params: nnx.State) -> nnx.State:

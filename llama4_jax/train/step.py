@@ -18,14 +18,14 @@ from llama4_jax.model.moe import BalanceBias
 from llama4_jax.sharding import activation_sharding, parameter_sharding
 from llama4_jax.train.balance import BalanceMetrics, balance_loss, balance_metrics, moved_bias
 from llama4_jax.train.freeze import changes, frozen_at, restored, without_gradient
-from llama4_jax.train.optimizer import make_optimizer
+from llama4_jax.train.optimizer import at_step, learning_rate, make_optimizer
 from llama4_jax.train.stage import Loss, LossOutput
 
 
 class TrainState(NamedTuple):
     """Everything that changes from step to step."""
 
-    step: Int[Array, ""]
+    step: Int[Array, ""]  # steps taken, those left out included: what the learning rate and the data go by
     params: nnx.State
     bias: nnx.State  # of loss-free balancing; empty without
     optimizer: optax.OptState
@@ -36,6 +36,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     loss: Float[Array, ""]  # nats a token, without balance losses
     grad_norm: Float[Array, ""]  # before clipping
+    learning_rate: Float[Array, ""]  # of this update
     tokens: Float[Array, ""]  # with a weight in the loss
     target_bytes: Float[Array, ""]
     skipped: Int[Array, ""]
@@ -165,7 +166,7 @@ def update(
     good = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm)
 
     params = _float32(state.params)
-    updates, new_optimizer = optimizer.update(grads, state.optimizer, params)
+    updates, new_optimizer = optimizer.update(grads, at_step(state.optimizer, state.step), params)
     new_params = jax.tree.map(lambda p, u, old: (p + u).astype(old.dtype), params, updates, state.params)
     new_params = restored(new_params, state.params, still)
     new_optimizer = restored(new_optimizer, state.optimizer, still)
@@ -187,6 +188,7 @@ def update(
     metrics = StepMetrics(
         loss=mean_loss,
         grad_norm=grad_norm,
+        learning_rate=jnp.asarray(learning_rate(config.optimizer, config.steps)(state.step), jnp.float32),
         tokens=out.weight,
         target_bytes=jnp.sum(batch.target_bytes).astype(jnp.float32),
         skipped=new_state.skipped,

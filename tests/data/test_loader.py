@@ -328,7 +328,6 @@ def test_a_program_that_ends_while_batches_are_made_ends_silently():
         ({}, {"split": "heldout", "max_batches": 0}, "max_batches is for .*, and at least 1, got 0 for heldout"),
         ({"heldout_fraction": 0.0}, {"split": "heldout"}, "none of the 60 documents of data.sources is held out"),
         ({"heldout_fraction": 0.999}, {}, r"all documents of jsonl:.*a\.jsonl are held out"),
-        ({"batch_size": 100}, {}, r"data.batch_size is 100, but there are \d\d documents to train on"),
     ],
 )
 def test_what_cannot_be_loaded_is_an_error_at_once(config, fields, arguments, said):

@@ -236,7 +236,7 @@ def test_a_row_opens_no_picture_outside_the_folder_of_its_file(tmp_path, path):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("{", "line 2: this is no JSON"),
+        ("{", "line 2 is no valid JSON"),
         ("[1]", "line 2: should be a JSON object"),
         ({"other": 1}, "line 2: has no field 'messages', but 'other'"),
         ({"messages": [{"role": "usr", "content": "x"}]}, r"line 2, messages\[0\].role should be one of .* is 'usr'"),
