@@ -111,8 +111,7 @@ class Llama4(nnx.Module):
             rngs = nnx.Rngs(params=projector_key)
             self.projector = Linear(features, embed, **make, rngs=rngs)
         choose_matmuls(self, precision)
-        _choose_implementations(self, attention, experts)
-        self.plain = attention == experts == "reference"
+        choose_implementations(self, attention, experts)
         self.config = config
         self.precision = precision
 
@@ -292,15 +291,23 @@ class Llama4(nnx.Module):
         return Place(positions, segment_ids, rotation(positions, frequency), order)
 
 
-def _choose_implementations(model: Llama4, attention: str, experts: str) -> None:
-    for name, chosen, known in (("attention", attention, IMPLEMENTATIONS), ("experts", experts, PRODUCTS)):
-        if chosen not in ("auto", *known):
-            raise ValueError(f"{name} must be one of {', '.join(('auto', *known))}, got {chosen!r}.")
+def choose_implementations(model: Llama4, attention: str, experts: str) -> Llama4:
+    """Sets how its attention and its experts are computed, as `Llama4(attention=…, experts=…)` does."""
+    check_implementations(attention, experts)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Attention):
             module.implementation = attention
         elif isinstance(module, MoE):
             module.implementation = experts
+    model.plain = attention == experts == "reference"
+    return model
+
+
+def check_implementations(attention: str, experts: str) -> None:
+    """Raises ValueError for a name that is none of them."""
+    for name, chosen, known in (("attention", attention, IMPLEMENTATIONS), ("experts", experts, PRODUCTS)):
+        if chosen not in ("auto", *known):
+            raise ValueError(f"{name} must be one of {', '.join(('auto', *known))}, got {chosen!r}.")
 
 
 def _in_place(features: Float[Array, "B patches D"], index: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -35,6 +35,7 @@ from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.processor import image_config
 from llama4_jax.sharding import make_mesh
 from llama4_jax.train import hosts
+from llama4_jax.train.begin import check_fits
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import learning_rate
@@ -102,9 +103,10 @@ def prepare(config: RunConfig) -> Parts:
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
+        hint = "" if config.init_from is None else f" Give the tokenizer of {config.init_from}: --data.tokenizer PATH."
         raise ValueError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
-            f"data.tokenizer={config.data.tokenizer!r})."
+            f"data.tokenizer={config.data.tokenizer!r}).{hint}"
         )
     vision = config.model.vision
     pictures = None if vision is None else image_config(vision, tokenizer, max_tiles=config.data.max_tiles)
@@ -117,6 +119,8 @@ def prepare(config: RunConfig) -> Parts:
         heldout = make_loader(config.data, tokenizer, split="heldout", max_batches=config.eval_batches, **how)
     directory = epath.Path(config.run_dir) / config.name
     check_same_run(directory, config)
+    if config.init_from is not None and not (directory / "config.json").exists():
+        check_fits(config)
     return Parts(directory, mesh, tokenizer, trainer, rows, batches, heldout)
 
 
