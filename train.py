@@ -33,6 +33,11 @@ def read_config(arguments: list[str], prog: str):
     )
     if not any(argument.split("=")[0] == "--name" for argument in arguments):
         config = dataclasses.replace(config, name=name_of_variant(base, config))
+    if config.init_from is not None:
+        from llama4_jax.train.begin import begun_from, given_fields
+
+        config, said = begun_from(config, given_fields(arguments))
+        print(*said, sep="\n", file=sys.stderr)
     return config
 
 

@@ -8,6 +8,9 @@
     logits = model(inputs.tokens, images=inputs.images)
 
     model = llama4_jax.Llama4(llama4_jax.ModelConfig(...), seed=0)              # or a new one
+    logits, hidden, router = model(tokens, return_hidden=True, return_router=True)
+    model.layers[3].attention.q.kernel                                          # scanned or not
+    llama4_jax.save(model, path, tokenizer=path_or_tokenizer, format="hf")      # or "orbax", "meta"
 
     nnx.Linear(..., dot_general=llama4_jax.ops.fp8_dot_general())               # products in 8-bit floats
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from llama4_jax.model.llama4 import Llama4 as Llama4
     from llama4_jax.processor import Processor as Processor
     from llama4_jax.weights.load import from_pretrained as from_pretrained
+    from llama4_jax.weights.save import save as save
 
 _HOME = {
     "from_pretrained": "llama4_jax.weights.load",
@@ -30,6 +34,7 @@ _HOME = {
     "Llama4": "llama4_jax.model.llama4",
     "ModelConfig": "llama4_jax.model.config",
     "Processor": "llama4_jax.processor",
+    "save": "llama4_jax.weights.save",
 }
 
 __all__ = list(_HOME)

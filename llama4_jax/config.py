@@ -32,7 +32,9 @@ class RunConfig:
     precision: Precision = field(default_factory=Precision)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
-    init_from: str | None = None  # directory of weights to begin with; a vision encoder that it lacks begins anew
+    # Directory, or name on the Hugging Face Hub, of weights to begin with. On the command line its tokenizer is taken,
+    # and its model unless the config's fits its tensors; other flags win. `train/begin.py` has the rule.
+    init_from: str | None = None
     steps: int  # optimizer updates
     grad_accumulation: int = 1  # micro-batches a step: as one large batch, in the memory of a small one
     seed: int = 0  # of the initial parameters

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from llama4_jax.hub import model_directory
 from llama4_jax.inputs.chat import ChatFormat
 from llama4_jax.inputs.image import MOST_TILES, ImageConfig
 from llama4_jax.inputs.messages import Message, Picture, Tool, read_messages
@@ -72,7 +73,7 @@ class Processor:
         """
         from llama4_jax.weights.source import open_config
 
-        path = Path(path)
+        path = Path(model_directory(path))
         vision, tokenizer = open_config(path).vision, load_tokenizer(path)
         pictures = None if vision is None else image_config(vision, tokenizer, **_cutting(path))
         if template == "meta":

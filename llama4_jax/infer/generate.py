@@ -16,6 +16,7 @@ gets what it would get alone.
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ TOKENS_PER_CALL = 32
 _SECONDS_BETWEEN_REPORTS = 0.1  # to `on_tokens`, about
 _NOTHING = -1  # in place of a token, in a row that has stopped
 
+LogitsProcessor = Callable[[Float[Array, "B V"], Int[Array, "B S"], Int[Array, " B"]], Float[Array, "B V"]]
 Tiles = UInt8[np.ndarray, "_ S S c"] | Float[np.ndarray, "_ S S c"]
 
 
@@ -51,6 +53,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     on_tokens: Callable[[list[list[int]]], None] | None = None,
     cache: str = "float",
+    logits_processor: LogitsProcessor | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, without the prompt. A row ends with the stop id that ended it, if one did.
 
@@ -63,6 +66,11 @@ def generate(
     - on_tokens: is called every 0.1 s or so with the tokens that each row gained since; with empty lists for rows
       that have stopped
     - cache: of keys and values: "float", in the dtype of computation, or "int8", of half the size of bfloat16's
+    - logits_processor: changes the logits before a token is chosen from them: a function (logits float32 [B, V], tokens
+      int32 [B, S], lengths int32 [B]) → logits [B, V]. The first lengths[b] of tokens[b] are the row so far, prompt and
+      reply; the rest is -1, and S does not change. It is traced into the compiled step, so it must be pure, made of
+      jax.numpy, and what it reads from outside is a constant. A function that is not the same object as before is
+      compiled anew, so define it once and not as a lambda in each call. A row whose logits are all -inf draws any token
 
     Works on a mesh: under `jax.set_mesh`, or with parameters placed on one. A model with scanned layers is unstacked
     for each call, which copies it: `model.unscanned()` once is better for many.
@@ -82,7 +90,9 @@ def generate(
     graphdef, state = nnx.split(model.unscanned())
     slots = min(_rounded(longest + max_new_tokens, 64), model.config.context_length)
     features = _encode_all(graphdef, state, images)
-    filled, token = _read_prompts(graphdef, state, prompts, features, slots, how, seed, cache)
+    past = None if logits_processor is None else _past(prompts, slots)
+    change = {"processor": logits_processor}
+    filled, token, past = _read_prompts(graphdef, state, prompts, features, slots, how, seed, cache, past, **change)
     stops = np.array(stop_ids, np.int32)
 
     results: list[list[int]] = [[] for _ in prompts]
@@ -100,7 +110,9 @@ def generate(
     while drawn < max_new_tokens and not np.all(stopped):
         limit = min(limit, max_new_tokens - drawn)
         started = time.perf_counter()
-        filled, *small = _decode(graphdef, state, filled, token, stopped, drawn, limit, how, seed, stops)
+        filled, past, *small = _decode(
+            graphdef, state, filled, token, stopped, drawn, limit, how, seed, stops, past, **change
+        )
         token, stopped, new = jax.device_get(small)
         collect(new[:, :limit])
         drawn += limit
@@ -192,8 +204,10 @@ def _read_prompts(
     how: Sampling,
     seed: int,
     kind: str,
-) -> tuple[Cache, Int[np.ndarray, " B"]]:
-    """The cache of this kind that holds all prompts, and the first new token of each row."""
+    past: Past | None,
+    processor: LogitsProcessor | None,
+) -> tuple[Cache, Int[np.ndarray, " B"], Past | None]:
+    """The cache of this kind that holds all prompts, the first new token of each row, and the past with it."""
     rows = len(prompts)
     cache = _empty_cache(graphdef, state, rows, slots, CACHES[kind])
     token = np.zeros((rows,), np.int32)
@@ -208,9 +222,9 @@ def _read_prompts(
             piece[row, : len(tokens)], counts[row] = tokens, len(tokens)
             index[row, : len(tokens)] = numbers[row][start : start + _PIECE]
         in_place = None if features is None else features[index]
-        cache, first = _prefill(graphdef, state, cache, piece, counts, in_place, how, seed)
+        cache, first = _prefill(graphdef, state, cache, piece, counts, in_place, how, seed, past, processor=processor)
         token = np.where(counts > 0, first, token)  # the prompts that end here, and those that go on
-    return cache, token
+    return cache, token, None if past is None else past.extended(token, np.ones(rows, bool))
 
 
 def _feature_numbers(graphdef, state, prompts: Sequence[Sequence[int]]) -> list[Int[np.ndarray, " T"]]:
@@ -238,7 +252,42 @@ def _encode(graphdef, state, tiles: Images) -> Float[Array, "1 patches D"]:
     return nnx.merge(graphdef, state).encode_images(tiles)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+class Past(NamedTuple):
+    """The tokens of each row so far, for a `LogitsProcessor`."""
+
+    tokens: Int[Array, "B S"]  # -1 after the last
+    lengths: Int[Array, " B"]
+
+    def extended(self, token: Int[Array, " B"], real: Bool[Array, " B"]) -> "Past":
+        """By one more token in the rows where it is real."""
+        at = jnp.arange(self.tokens.shape[1]) == jnp.asarray(self.lengths)[:, None]
+        tokens = jnp.where(at & real[:, None], token[:, None], self.tokens)
+        return Past(tokens, self.lengths + real.astype(jnp.int32))
+
+
+def _past(prompts: Sequence[Sequence[int]], slots: int) -> Past:
+    tokens = np.full((len(prompts), slots), _NOTHING, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return Past(jnp.asarray(tokens), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32))
+
+
+def _processed(
+    logits: Float[Array, "B V"], past: Past | None, processor: LogitsProcessor | None
+) -> Float[Array, "B V"]:
+    if processor is None:
+        return logits
+    changed = processor(logits, *past)
+    shape, dtype = getattr(changed, "shape", None), getattr(changed, "dtype", None)
+    if shape != logits.shape or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"logits_processor must return floats of the shape {list(logits.shape)}, [B, V], as it got; it returned "
+            f"{type(changed).__name__ if shape is None else f'{dtype} {list(shape)}'}."
+        )
+    return changed.astype(logits.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "processor"), donate_argnames="cache")
 @use_rules(SERVING)
 def _prefill(
     graphdef,
@@ -249,16 +298,20 @@ def _prefill(
     features: Float[Array, "B T D"] | None,
     how: Sampling,
     seed: Int[Array, ""],
+    past: Past | None,
+    *,
+    processor: LogitsProcessor | None,
 ) -> tuple[Cache, Int[Array, " B"]]:
     """Reads the first counts[b] tokens of each row of `piece`, and draws what follows the last of them."""
     model = nnx.merge(graphdef, state)
     hidden, cache = model.step(piece, cache, counts, features)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0]
+    logits = _processed(logits, past, processor)
     return cache, constrain(sample(logits, how, row_keys(seed, len(counts)), 0), None)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("graphdef", "processor"), donate_argnames="cache")
 @use_rules(SERVING)
 def _decode(
     graphdef,
@@ -271,23 +324,29 @@ def _decode(
     how: Sampling,
     seed: Int[Array, ""],
     stop_ids: Int[Array, " stops"],
-) -> tuple[Cache, Int[Array, " B"], Bool[Array, " B"], Int[Array, "B n"]]:
+    past: Past | None,
+    *,
+    processor: LogitsProcessor | None,
+) -> tuple[Cache, Past | None, Int[Array, " B"], Bool[Array, " B"], Int[Array, "B n"]]:
     """`limit` more tokens of each row after its newest, `token`; fewer when all rows have stopped."""
     model = nnx.merge(graphdef, state)
     keys = row_keys(seed, len(token))
     new = jnp.full((len(token), TOKENS_PER_CALL), _NOTHING, jnp.int32)
 
     def running(carry):
-        i, _, _, stopped, _ = carry
+        i, _, _, stopped, _, _ = carry
         return (i < limit) & ~jnp.all(stopped)
 
     def one(carry):
-        i, cache, token, stopped, new = carry
+        i, cache, token, stopped, new, past = carry
         hidden, cache = model.step(token[:, None], cache, (~stopped).astype(jnp.int32))
-        token = jnp.where(stopped, token, sample(model.logits(hidden)[:, 0], how, keys, drawn + i))
+        logits = _processed(model.logits(hidden)[:, 0], past, processor)
+        token = jnp.where(stopped, token, sample(logits, how, keys, drawn + i))
+        past = None if past is None else past.extended(token, ~stopped)
         new = jax.lax.dynamic_update_slice(new, jnp.where(stopped, _NOTHING, token)[:, None], (0, i))
         stopped |= jnp.any(token[:, None] == stop_ids, axis=-1)
-        return i + 1, cache, token, stopped, new
+        return i + 1, cache, token, stopped, new, past
 
-    _, cache, token, stopped, new = jax.lax.while_loop(running, one, (0, cache, token, stopped, new))
-    return cache, constrain(token, None), constrain(stopped, None), constrain(new, None, None)
+    first = 0, cache, token, stopped, new, past
+    _, cache, token, stopped, new, past = jax.lax.while_loop(running, one, first)
+    return cache, past, constrain(token, None), constrain(stopped, None), constrain(new, None, None)

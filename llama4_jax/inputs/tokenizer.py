@@ -280,6 +280,11 @@ def load_tokenizer(spec: str | epath.PathLike) -> Tokenizer:
     )
 
 
+def holds_tokenizer(directory: epath.PathLike) -> bool:
+    """Whether `load_tokenizer` finds a file to read there."""
+    return any((epath.Path(directory) / name).is_file() for name in (BYTES_FILE, BPE_FILE, HF_FILE))
+
+
 def utf8(text: str) -> bytes:
     """The text as UTF-8, with U+FFFD for a lone surrogate (and surrogate pairs joined)."""
     try:

@@ -45,6 +45,7 @@ class Attention(nnx.Module):
             length = min(spec.chunk or config.context_length, config.context_length)
             self.ssmax = ScalableSoftmax(config.num_heads, length=length, bias=spec.query_scale == "ssmax_bias")
         self.spec = spec
+        self.implementation = "auto"  # of a whole sequence; see `Llama4`
         self.head_dim = config.head_dim
         self.norm_eps = config.norm_eps
         self.temperature_floor = config.temperature_floor
@@ -64,7 +65,8 @@ class Attention(nnx.Module):
             q, k = rms_normalize(q, self.norm_eps), rms_normalize(k, self.norm_eps)
         q = self.scale_query(q, place.positions)
 
-        out, layer_cache = attention(q, k, v, place, cache, chunk=self.spec.chunk, scale=self.head_dim**-0.5)
+        how = {"chunk": self.spec.chunk, "scale": self.head_dim**-0.5, "implementation": self.implementation}
+        out, layer_cache = attention(q, k, v, place, cache, **how)
         return self.o(out.swapaxes(1, 2)), layer_cache
 
     def scale_query(self, q: Float[Array, "B N T H"], positions: Int[Array, "B T"]) -> Float[Array, "B N T H"]:
@@ -87,6 +89,7 @@ def attention(
     *,
     chunk: int | None,
     scale: float,
+    implementation: str = "auto",
 ) -> tuple[Float[Array, "B N T H"], LayerCache | None]:
     if cache is not None:
         return cached_attention(q, k, v, *cache, chunk=chunk, scale=scale)
@@ -94,4 +97,4 @@ def attention(
     if segments is not None:
         positions = jnp.where(segments > 0, positions, -1)  # padding sees nothing, and nothing sees it
     at = {"positions": positions, "segments": segments, "order": place.order}
-    return self_attention(q, k, v, **at, chunk=chunk, scale=scale), None
+    return self_attention(q, k, v, **at, chunk=chunk, scale=scale, implementation=implementation), None

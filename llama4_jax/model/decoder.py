@@ -1,6 +1,7 @@
 """The decoder's layers, and the passes over all of them: a whole sequence, or a step with a cache."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from llama4_jax.model.attention import Attention, Place
 from llama4_jax.model.cache import Cache, LayerCache, Step, make_step
 from llama4_jax.model.config import LayerSpec, ModelConfig, Precision
 from llama4_jax.model.layers import RMSNorm, SwiGLU
-from llama4_jax.model.moe import MoE, RouterStats
+from llama4_jax.model.moe import MoE, RouterChoices, RouterStats
 from llama4_jax.model.stack import Stack
 from llama4_jax.sharding import constrain
 
@@ -47,6 +48,13 @@ class DecoderLayer(nnx.Module):
         return constrain(x + fed, "batch", "seq", "embed"), stats, layer_cache
 
 
+class LayerOutputs(NamedTuple):
+    """What was asked for of each layer, in order."""
+
+    hidden: list[Float[Array, "B T D"]]  # after it
+    choices: list[RouterChoices]  # of the expert layers
+
+
 class Decoder(Stack):
     """All layers. A Llama 4 repeats a group of them: three RoPE layers and a NoPE one, dense and experts in turn."""
 
@@ -64,16 +72,31 @@ class Decoder(Stack):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], place: Place, valid: Bool[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """Returns the hidden states, and the router statistics stacked over the expert layers in order."""
+        self,
+        x: Float[Array, "B T D"],
+        place: Place,
+        valid: Bool[Array, "B T"] | None,
+        *,
+        keep_hidden: bool = False,
+        keep_choices: bool = False,
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None, LayerOutputs]:
+        """Returns the hidden states, the router statistics stacked over the expert layers in order, and what of each
+        layer is to be kept."""
 
         def each(layer, x):
             x, stats, _ = layer(x, place, valid)
-            return x, stats
+            if stats is not None and not keep_choices:
+                stats = stats._replace(choices=None)
+            return x, (stats, x if keep_hidden else None)
 
-        x, stats = self.run(each, x)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats) if stats else None
+        x, outs = self.run(each, x)
+        every = [stats for stats, _ in outs if stats is not None]
+        kept = LayerOutputs(
+            [hidden for _, hidden in outs if hidden is not None],
+            [stats.choices for stats in every if stats.choices is not None],
+        )
+        every = [stats._replace(choices=None) for stats in every]
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *every) if every else None, kept
 
     def step(
         self, x: Float[Array, "B T D"], place: Place, cache: Cache, counts: Int[Array, " B"]

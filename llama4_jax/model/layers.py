@@ -1,7 +1,5 @@
 """The small layers everything else is made of. Every parameter names its axes (see `sharding.rules`)."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.dot_general import linear
 from llama4_jax.ops.embedding import lookup
+from llama4_jax.ops.plain import own_gradient
 from llama4_jax.ops.quantization import Quantized
 from llama4_jax.ops.quantized_matmul import quantized_linear
 from llama4_jax.ops.swiglu import swiglu
@@ -70,7 +69,7 @@ class RMSNorm(nnx.Module):
 
 # The backward pass is written out: it keeps the input alone, where autodiff keeps several arrays of its size, and
 # makes its gradient in one pass.
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+@own_gradient(nondiff_argnums=(1,))
 def rms_normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) in float32, returned in x's dtype. Weightless: it is also Llama 4's qk-norm."""
     return _rms_forward(x, eps)[0]

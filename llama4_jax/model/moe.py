@@ -24,6 +24,14 @@ class BalanceBias(nnx.Variable):
     """Added to the gates when experts are chosen; moved by the training step, not by gradients."""
 
 
+class RouterChoices(NamedTuple):
+    """What the router said of each token, in one layer or in several."""
+
+    logits: Float[Array, "*layer B T E"]  # float32
+    experts: Int[Array, "*layer B T top_k"]  # chosen, the likeliest first; E, which is none, for padding
+    gates: Float[Array, "*layer B T top_k"]  # sigmoid of their logits: what the input of each is multiplied by
+
+
 class RouterStats(NamedTuple):
     """What balancing and logging need to know of one layer's routing, over the tokens that are not padding."""
 
@@ -31,6 +39,7 @@ class RouterStats(NamedTuple):
     probabilities: Float[Array, "*layer E"]  # mean softmax of the router logits
     z: Float[Array, "*layer"]  # mean squared logsumexp of the router logits
     gate: Float[Array, "*layer"]  # mean sigmoid of the chosen logits
+    choices: RouterChoices | None = None  # of each token, where they are asked for
 
 
 class MoE(nnx.Module):
@@ -46,6 +55,7 @@ class MoE(nnx.Module):
             self.bias = BalanceBias(jnp.zeros((num_experts,), jnp.float32), axes=("router",), eager_sharding=False)
         self.biased = config.router_bias
         self.matmul = "default"  # of the routed experts; see `matmuls.choose_matmuls`
+        self.implementation = "auto"  # of the routed experts; see `Llama4`
         self.top_k = config.top_k
         self.gate_up_scale = self.down_scale = None  # of quantized experts: see `quantized`
         self.activations = "auto"  # that these multiply
@@ -61,14 +71,15 @@ class MoE(nnx.Module):
         expert, gate = self.choose(logits)
         expert = jnp.where(kept[..., None], expert, logits.shape[-1])  # padding belongs to no expert
         routed = self.routed(x, expert, gate)
-        return self.shared(x) + routed, router_stats(logits, expert, gate, kept)
+        y = self.shared(x) + routed
+        return y, router_stats(logits, expert, gate, kept)._replace(choices=RouterChoices(logits, expert, gate))
 
     def routed(
         self, x: Float[Array, "B T D"], expert: Int[Array, "B T top_k"], gate: Float[Array, "B T top_k"]
     ) -> Float[Array, "B T D"]:
         if self.gate_up_scale is None:
             weights = ExpertWeights(self.gate_up[...], self.down[...])
-            return experts(x, expert, gate, weights, matmul=self.matmul)
+            return experts(x, expert, gate, weights, matmul=self.matmul, implementation=self.implementation)
         gate_up, down = (
             Quantized(self.gate_up[...], self.gate_up_scale[...]),
             Quantized(self.down[...], self.down_scale[...]),

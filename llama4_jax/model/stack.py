@@ -4,7 +4,7 @@
 left over at the end follow one by one. The numbers of a seed do not depend on the layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,28 +69,43 @@ class Stack(nnx.Module):
         """each(layer, x) → (x, out), layer by layer; returns the last x and, in order, each out that is not None."""
         if self.remat == "offload":
             each = _named_input(each)
+        each = _with_captures(each)
         if self.remat != "none":
             each = jax.checkpoint(each, policy=REMAT_POLICIES[self.remat])
 
         def run(layers, x):
-            collected = []
+            collected, captured = [], []
             for layer in layers:
-                x, out = each(layer, x)
+                x, (out, of_layer) = each(layer, x)
                 collected += [] if out is None else [out]
-            return x, collected
+                captured.append(of_layer)
+            return x, (collected, captured)
 
         collected = []
         if self.repeats:
-            x, scanned = jax.lax.scan(lambda x, group: run(group, x), x, self.group)
+            x, (scanned, captured) = jax.lax.scan(lambda x, group: run(group, x), x, self.group)
+            _put_captures(self.group, captured)
             by_repeat = [jax.tree.map(lambda leaf, r=r: leaf[r], scanned) for r in range(self.repeats)]
             collected = [out for repeat in by_repeat for out in repeat]
-        x, rest = run(self.rest, x)
+        x, (rest, captured) = run(self.rest, x)
+        _put_captures(self.rest, captured)
         return x, collected + rest
 
     def layers(self) -> list:
         """The layers one by one, in order; those of the scanned group as slices of their stacks."""
-        repeats = [jax.tree.map(lambda leaf, r=r: leaf[r], self.group) for r in range(self.repeats)]
-        return [*(_unstack_axes(layer) for group in repeats for layer in group), *self.rest]
+        return [self.layer(i) for i in range(self.num_scanned + len(self.rest))]
+
+    @property
+    def num_scanned(self) -> int:
+        """Layers in stacks: the first so many."""
+        return self.repeats * len(self.group)
+
+    def layer(self, i: int) -> nnx.Module:
+        """The layer of this number."""
+        if i >= self.num_scanned:
+            return self.rest[i - self.num_scanned]
+        repeat, place = divmod(i, len(self.group))
+        return _unstack_axes(jax.tree.map(lambda leaf: leaf[repeat], self.group[place]))
 
     def unscanned(self):
         """The same layers with nothing stacked: what decoding wants, since a slice of a stack is a copy."""
@@ -100,8 +115,72 @@ class Stack(nnx.Module):
         return copy
 
 
+class Layers(Sequence):
+    """The layers of a stack, to be looked at one by one: layers[3], layers[-1], layers[:2], len(layers).
+
+    A layer of a scanned group is a slice of its stack, made when it is asked for. Its parameters are copies, so setting
+    one raises ValueError: it would change nothing in the model.
+    """
+
+    def __init__(self, stack: Stack):
+        self._stack = stack
+
+    def __len__(self) -> int:
+        return self._stack.num_scanned + len(self._stack.rest)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        place = range(len(self))[i]  # raises IndexError, and takes negative ones
+        layer = self._stack.layer(place)
+        return _read_only(layer) if place < self._stack.num_scanned else layer
+
+
+def _read_only(module: nnx.Module) -> nnx.Module:
+    for _, variable in nnx.iter_graph(module):
+        if isinstance(variable, nnx.Variable):
+            variable.set_metadata(on_set_value=_refuse)
+    return module
+
+
+def _refuse(variable: nnx.Variable, value):
+    raise ValueError(
+        "this layer is a slice of a scanned stack: setting its parameters changes nothing in the model. Make it with "
+        "Llama4(..., scan_layers=False), or of it model.unscanned(), and set those."
+    )
+
+
 def _named_input(each):
     return lambda layer, x: each(layer, checkpoint_name(x, _INPUT))
+
+
+def _with_captures(each):
+    """`each`, which also returns what the layer captured. `jax.lax.scan` and `jax.checkpoint` run a copy of the layer,
+    and what `nnx.capture` finds there would be lost with the copy."""
+
+    def wrapped(layer, x):
+        x, out = each(layer, x)
+        return x, (out, _captures(layer))
+
+    return wrapped
+
+
+def _captures(layer: nnx.Module) -> list[list[dict[str, Any]]]:
+    """What each module of a layer captured by name, for each type of variable; nothing outside of `nnx.capture`."""
+    return [
+        [dict(variable.get_value()) for variable in module.__captures__]
+        for _, module in nnx.iter_modules(layer)
+        if hasattr(module, "__captures__")
+    ]
+
+
+def _put_captures(layers, captured: list) -> None:
+    """Into the layers themselves, where `nnx.capture` looks. Those of a group have an axis of its repetitions."""
+    for layer, of_layer in zip(layers, captured, strict=True):
+        modules = (module for _, module in nnx.iter_modules(layer) if hasattr(module, "__captures__"))
+        for module, values in zip(modules, of_layer, strict=True):
+            for variable, value in zip(module.__captures__, values, strict=True):
+                variable.set_value(value)
 
 
 def _map_axes(module: nnx.Module, change) -> nnx.Module:

@@ -19,6 +19,7 @@ from llama4_jax.ops.cudnn_attention import obstacle as cudnn_obstacle
 from llama4_jax.ops.flash_attention import flash_attention, flash_partial
 from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.partial_attention import PartialAttention, normalize
+from llama4_jax.ops.plain import is_plain
 from llama4_jax.ops.quantization import Quantized
 from llama4_jax.ops.splash_attention import obstacle as splash_obstacle
 from llama4_jax.ops.splash_attention import splash_attention
@@ -102,10 +103,40 @@ OBSTACLES: dict[str, Callable[..., str | None]] = {
 
 
 def _choose(q, k, v, segments, chunk: int | None, order: Order) -> str:
+    if is_plain():
+        return "reference"
     if q.shape[2] <= DECODE_QUERIES:
         return "decode"
     able = (name for name, obstacle in OBSTACLES.items() if obstacle(q, k, v, segments, chunk, order) is None)
     return next(able, "flash")
+
+
+def _check_shapes(q, k, v, q_positions, k_positions, q_segments, k_segments) -> None:
+    """Raises ValueError, with the layouts that are meant, unless all of these fit together."""
+    if any(x.ndim != 4 for x in (q, k, v)):
+        got = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(
+            f"attention: q must be [B N T H] (batch, heads, tokens, head dim), k and v [B K S H], got {got}."
+        )
+    (rows, _, queries, width), (_, kv_heads, keys, _) = q.shape, k.shape
+    expected = {
+        "k": (k, (rows, kv_heads, keys, width)),
+        "v": (v, (rows, kv_heads, keys, width)),
+        "q_positions": (q_positions, (rows, queries)),
+        "k_positions": (k_positions, (rows, keys)),
+        "q_segments": (q_segments, (rows, queries)),
+        "k_segments": (k_segments, (rows, keys)),
+    }
+    wrong = [(name, x.shape, want) for name, (x, want) in expected.items() if x is not None and x.shape != want]
+    if not wrong:
+        return
+    name, got, want = wrong[0]
+    swapped = (q.shape[1], k.shape[1]) == (q_positions.shape[-1], k_positions.shape[-1])
+    hint = " q, k and v seem to be [B T N H]: give them with .swapaxes(1, 2)." if swapped else ""
+    raise ValueError(
+        f"attention: {name} must have the shape {list(want)}, got {list(got)}, beside q [B N T H] = {list(q.shape)}, "
+        f"k and v [B K S H] = {list(k.shape)}, positions and segments [B T] and [B S].{hint}"
+    )
 
 
 def attention(
@@ -137,6 +168,7 @@ def attention(
     """
     if implementation not in (known := ("auto", *IMPLEMENTATIONS)):
         raise ValueError(f"attention: implementation must be one of {', '.join(known)}, got {implementation!r}.")
+    _check_shapes(q, k, v, q_positions, k_positions, q_segments, k_segments)
     if q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention: {q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly; "

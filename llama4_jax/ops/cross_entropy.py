@@ -10,7 +10,6 @@ gathered once, where its rows are split (fsdp), and its gradient summed once, af
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.on_mesh import on_mesh
+from llama4_jax.ops.plain import gathered_for_use, own_gradient
 from llama4_jax.sharding import activation_spec, axes_of, gathered, own_part, parameter_spec, platform
 
 # Default size of a piece, a device: with fewer tokens, adding to the head's gradient costs more than the products do;
@@ -138,7 +138,7 @@ def token_scores(
 
     def on_device(hidden, head, targets):
         words = head.shape[1]
-        head = gathered(_filled(head), compute_dtype, places.embed_axes, 0)
+        head = gathered_for_use(_filled(head), compute_dtype, places.embed_axes, 0)
 
         @jax.checkpoint
         def piece(_, x):
@@ -174,7 +174,7 @@ def token_nll(hidden, head, targets, *, pieces=None, compute_dtype=None) -> Floa
     return token_scores(hidden, head, targets, pieces=pieces, compute_dtype=compute_dtype).nll
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@own_gradient(nondiff_argnums=(4, 5))
 def _weighted_sum(hidden, head, targets, weights, pieces, compute_dtype):
     nll = token_nll(hidden, head, targets, pieces=pieces, compute_dtype=compute_dtype)
     return (nll * weights).sum()
@@ -242,9 +242,9 @@ def linear_cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(Σ weights · nll, Σ weights), float32, where nll is that of the targets under softmax(hidden @ head), in nats.
 
-    The caller divides, after summing both over whatever the mean is to be taken over. Differentiable once, in
-    `hidden`, `head` and `weights`; gradients have the dtypes of their arguments. A token of weight 0 adds nothing,
-    whatever its target, as long as that is in [0, V).
+    The caller divides, after summing both over whatever the mean is to be taken over. Differentiable once (within
+    `ops.plain()` any number of times), in `hidden`, `head` and `weights`; gradients have the dtypes of their arguments.
+    A token of weight 0 adds nothing, whatever its target, as long as that is in [0, V).
 
     `pieces`: how many parts a device's tokens of a row are cut into; None: parts of one or two thousand tokens.
     `compute_dtype`: that of the factors of the products, which are summed in float32; None: that of `hidden`. Raises

@@ -12,13 +12,13 @@ VJP. For float32 operands there is nothing to decide and `lax.dot_general` is us
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from llama4_jax.ops.dims import Dims
 from llama4_jax.ops.fp8 import Fp8DotGeneral, fp8_dot_general
+from llama4_jax.ops.plain import own_gradient
 from llama4_jax.sharding import for_use
 
 
@@ -41,7 +41,7 @@ def dot_general(
     return _dot_general(lhs, rhs, Dims.of(lhs, rhs, dimension_numbers), precision, out_dtype, out_sharding)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@own_gradient(nondiff_argnums=(2, 3, 4, 5))
 def _dot_general(lhs, rhs, dims: Dims, precision, out_dtype, out_sharding):
     return _float32_sum(lhs, rhs, dims.numbers, precision, out_sharding).astype(out_dtype)
 

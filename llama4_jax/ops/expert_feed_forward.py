@@ -5,7 +5,6 @@ Written out, because the two halves of it run where autodiff does not reach: in 
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.expert_products import Product
+from llama4_jax.ops.plain import own_gradient
 from llama4_jax.ops.swiglu import swiglu, swiglu_flat
 
 
@@ -82,7 +82,7 @@ class FeedForward:
         return swiglu_flat(hidden) if self.flat else swiglu(hidden)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@own_gradient(nondiff_argnums=(0,))
 def feed_forward(
     how: FeedForward, x: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.fp8 import BLOCK, Fp8DotGeneral, Scaled, in_tiles, largest, rounded, scale_for
 from llama4_jax.ops.grouped_matmul import PRODUCTS
+from llama4_jax.ops.plain import gathered_for_use
 from llama4_jax.ops.row_blocks import largest_of_groups
 from llama4_jax.sharding import gathered, given_back
 
@@ -58,7 +59,7 @@ class Product:
     split: Split = field(default_factory=Split)
 
     def prepare(self, w, dtype):
-        return gathered(w, dtype, self.split.gathered, w.ndim + self.split.dimension)
+        return gathered_for_use(w, dtype, self.split.gathered, w.ndim + self.split.dimension)
 
     def keep(self, x, group_sizes):
         return x

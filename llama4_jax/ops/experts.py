@@ -14,7 +14,6 @@ Dropless: sorted by expert and multiplied in groups, every choice of every token
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
@@ -28,6 +27,7 @@ from llama4_jax.ops.expert_products import Split, make_product
 from llama4_jax.ops.fp8 import Fp8DotGeneral
 from llama4_jax.ops.grouped_matmul import KERNELS, choose
 from llama4_jax.ops.on_mesh import on_mesh
+from llama4_jax.ops.plain import is_plain, own_gradient
 from llama4_jax.sharding import activation_spec, axes_of, parameter_spec, ways
 
 GATE_UP_AXES = ("experts", "gate_up", "embed", "mlp")
@@ -61,7 +61,7 @@ def experts(
     choices = PartitionSpec(*tokens[:2], None)
     token_axes = (*axes_of(tokens[0]), *axes_of(tokens[1]))
     if implementation == "auto":
-        implementation = choose(math.prod(expert.shape) // ways(token_axes))
+        implementation = "reference" if is_plain() else choose(math.prod(expert.shape) // ways(token_axes))
     parts = ExpertWeights(
         parameter_spec(weights.gate_up.shape, *GATE_UP_AXES), parameter_spec(weights.down.shape, *DOWN_AXES)
     )
@@ -132,12 +132,12 @@ def combine(y: Float[Array, "R D"], routing: Routing) -> Float[Array, "tokens D"
 # directions, since the scatter-add that autodiff would make of a gather is slow everywhere.
 
 
-@jax.custom_vjp
+@own_gradient
 def _dispatch(rows, token, sorted_at):
     return rows[token]
 
 
-@jax.custom_vjp
+@own_gradient
 def _combine(y, token, sorted_at):
     return jnp.sum(y[sorted_at], axis=1)
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.attention_reference import first_visible
 from llama4_jax.ops.partial_attention import PartialAttention
+from llama4_jax.ops.plain import own_gradient
 from llama4_jax.ops.quantization import Quantized
 
 BLOCK = 256  # tokens; the scores of one block and all its heads should stay in the caches of a CPU
@@ -241,7 +242,7 @@ def attend_backward(
     return _loop(plan, keys, queries, block_k, step, so_far)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@own_gradient(nondiff_argnums=(6, 7, 8))
 def _flash(q, k, v, queries, keys, plan, scale, block_q, block_k):
     return _flash_forward(q, k, v, queries, keys, plan, scale, block_q, block_k)[0]
 

@@ -11,7 +11,6 @@ and the others nothing, from one row (decoding) to many thousands (training).
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from llama4_jax.ops import grouped_kernels
+from llama4_jax.ops.plain import is_plain, own_gradient
 from llama4_jax.ops.row_blocks import Block, as_bits, fold_groups, from_bits, part_of, write_rows
 from llama4_jax.sharding import platform
 
@@ -40,14 +40,14 @@ def grouped_matmul(
     Raises ValueError for an unknown implementation, and one that cannot serve here.
     """
     if implementation == "auto":
-        implementation = choose(x.shape[0])
+        implementation = "reference" if is_plain() else choose(x.shape[0])
     if implementation not in PRODUCTS:
         known = ", ".join(["auto", *PRODUCTS])
         raise ValueError(f"unknown grouped_matmul implementation {implementation!r}: expected one of {known}.")
     return _grouped_matmul(PRODUCTS[implementation], x, w, group_sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@own_gradient(nondiff_argnums=(0,))
 def _grouped_matmul(products: "Products", x, w, group_sizes):
     return products.forward(x, w, group_sizes, x.dtype)
 

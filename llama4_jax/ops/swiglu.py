@@ -1,11 +1,11 @@
 """silu(gate) · up, with its backward pass written out: it keeps the input alone, where autodiff keeps several arrays of
 its size, and makes its gradient in one pass."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from llama4_jax.ops.plain import own_gradient
 
 
 def swiglu(gate_up: Float[Array, "*rows 2 F"]) -> Float[Array, "*rows F"]:
@@ -23,7 +23,7 @@ def _halves(x: Float[Array, "..."], flat: bool) -> tuple[Float[Array, "..."], Fl
     return (x[..., :width], x[..., width:]) if flat else (x[..., 0, :], x[..., 1, :])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+@own_gradient(nondiff_argnums=(1,))
 def _swiglu(gate_up, flat: bool):
     gate, up = _halves(gate_up, flat)
     return jax.nn.silu(gate) * up

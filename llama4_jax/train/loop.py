@@ -39,6 +39,7 @@ from llama4_jax.ops.cross_entropy import token_scores
 from llama4_jax.processor import image_config
 from llama4_jax.sharding import make_mesh
 from llama4_jax.train import hosts
+from llama4_jax.train.begin import check_fits
 from llama4_jax.train.lock import alone
 from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
@@ -126,6 +127,8 @@ def prepare(config: RunConfig) -> Parts:
     tokenizer = attempt(lambda: checked_tokenizer(config))
     directory = epath.Path(config.run_dir) / config.name
     attempt(lambda: check_same_run(directory, config))
+    if config.init_from is not None and not (directory / "config.json").exists():
+        attempt(lambda: check_fits(config))
     ids = any(parse_source(spec).kind == "tokens" for spec in (*config.data.sources, *config.data.heldout_sources))
     if problems and (tokenizer is not None or not ids):  # what else is wrong, so that all of it can be mended at once
         attempt(lambda: make_loader(config.data, tokenizer or ByteTokenizer(), split="train").close())
@@ -165,9 +168,10 @@ def raise_all(problems: list[ValueError | OSError]) -> None:
 def checked_tokenizer(config: RunConfig) -> Tokenizer:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
+        hint = "" if config.init_from is None else f" Give the tokenizer of {config.init_from}: --data.tokenizer PATH."
         raise ValueError(
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
-            f"data.tokenizer={config.data.tokenizer!r})."
+            f"data.tokenizer={config.data.tokenizer!r}).{hint}"
         )
     return tokenizer
 
@@ -197,7 +201,7 @@ def share_of_targets(batches: Loader, what: str) -> float:
 def check_same_run(run: epath.Path, config: RunConfig) -> None:
     """Raises ValueError if the directory holds a run with a config that makes other numbers."""
     path = run / "config.json"
-    changed = differences(from_json(path.read_text()), config) if path.exists() else []
+    changed = differences(from_json(path.read_bytes(), str(path)), config) if path.exists() else []
     if changed:
         raise ValueError(
             f"{run} holds a run with another config. It differs in:\n  "

@@ -20,6 +20,7 @@ import numpy as np
 
 from llama4_jax.atomic import write_atomically
 from llama4_jax.config import converted_to_json
+from llama4_jax.hub import model_directory
 from llama4_jax.inputs import hf_tokenizer
 from llama4_jax.inputs.tokenizer import BPE_FILE, BYTES_FILE, load_tokenizer
 from llama4_jax.model.config import ModelConfig, VisionConfig
@@ -80,7 +81,7 @@ def convert(
     # Here, since Orbax takes a second to import.
     from llama4_jax.weights.orbax_arrays import create_array
 
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(model_directory(source)), Path(destination)
     weights = open_weights(source, keep_quantized=keep_quantized)
     if not isinstance(weights, FileWeights):
         raise ValueError(f"{source} is a directory of ours already. To write another format: llama4 export.")

@@ -15,9 +15,10 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from llama4_jax.atomic import AnyPath, any_path
+from llama4_jax.atomic import AnyPath
+from llama4_jax.hub import model_directory
 from llama4_jax.model.config import ModelConfig, Precision, difference
-from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.llama4 import Llama4, check_implementations, choose_implementations
 from llama4_jax.model.presets import PRESETS
 from llama4_jax.model.quantized import quantized
 from llama4_jax.ops.quantization import is_quantized_dtype
@@ -43,17 +44,21 @@ def from_pretrained(
     *,
     keep_quantized: bool = False,
     activations: str = "auto",
+    attention: str = "auto",
+    experts: str = "auto",
 ) -> Llama4:
     """The model in a directory, its layers one by one, as decoding wants them.
 
     - path: a Hugging Face directory (config.json and *.safetensors, one file or shards), a Meta directory (params.json
       and consolidated.*.pth), or a directory of ours: a run of `train.py`, or what `llama4 convert` or `llama4
-      quantize` made. Of these the newest whole checkpoint is taken.
+      quantize` made. Of these the newest whole checkpoint is taken. A name as ORG/NAME that is no directory is looked
+      for on the Hugging Face Hub (`hub.model_directory`).
     - mesh: places each parameter on it, by the rules `sharding.SERVING`; without, all are on the default device
     - dtype: of parameters and computation, "float32" or "bfloat16"; logits are float32
     - keep_quantized: of a published checkpoint, quantized weights stay as they are; else they are dequantized. Those of
       a directory of ours always stay
     - activations: what quantized weights are multiplied with: "auto", "float" or "int8" (see `ops.quantized_matmul`)
+    - attention, experts: how they are computed; "reference" for both to differentiate more than once (see `Llama4`)
 
     The directory's config.json decides what the model is. If it has the sizes of a preset but differs from it, the
     differences are printed to stderr.
@@ -63,14 +68,17 @@ def from_pretrained(
     """
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}.")
-    path = any_path(path)
+    check_implementations(attention, experts)
+    path = model_directory(path)
     precision = Precision(params=dtype, compute=dtype)
     if source_format(path) == "run":
-        return load_run(path, precision=precision, mesh=mesh, activations=activations)
+        model = load_run(path, precision=precision, mesh=mesh, activations=activations)
+        return choose_implementations(model, attention, experts)
     weights = open_weights(path, keep_quantized=keep_quantized)
     for line in preset_differences(weights.config):
         print(line, file=sys.stderr)
-    return load(weights, precision=precision, mesh=mesh, activations=activations)
+    model = load(weights, precision=precision, mesh=mesh, activations=activations)
+    return choose_implementations(model, attention, experts)
 
 
 def load(weights: Weights, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
@@ -82,8 +90,8 @@ def load(weights: Weights, *, precision: Precision, mesh: Mesh | None, activatio
 def initial_weights(path: epath.PathLike, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What a run begins with: the arrays of its new model by name, with those that the directory has in their places.
 
-    A model with a vision encoder may begin from one without: encoder and projector stay as they are. Raises ValueError
-    for weights that do not fit, and what `open_weights` raises.
+    A model with a vision encoder, or with balance biases, may begin from one without: these stay as they are. Raises
+    ValueError for weights that do not fit, and what `open_weights` raises.
     """
     weights = open_weights(path)
     places = locate({name: leaf.shape for name, leaf in leaves.items()}, config)
@@ -97,7 +105,10 @@ def initial_weights(path: epath.PathLike, config: ModelConfig, leaves: dict[str,
             f"init_from: {path} is quantized ({scaled[0].removesuffix(SCALE)} …), and quantized weights do not learn: "
             f"begin with those that it was made of."
         )
-    new = {ours for ours in places if ours.startswith(("vision.", "projector.")) and weights.config.vision is None}
+    absent = () if weights.config.vision is not None else ("vision.", "projector.")
+    new = {ours for ours in places if ours.startswith(absent)}
+    if not weights.config.router_bias:  # balance biases begin at 0, which is to have none
+        new |= {ours for ours in places if ours.endswith(".moe.bias")}
     problems = [f"{ours} is not there" for ours in sorted(places.keys() - known - new)]
     problems += [f"the model has no place for {ours}" for ours in sorted(known - places.keys())]
     for ours in sorted(known & places.keys()):

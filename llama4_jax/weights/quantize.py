@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from llama4_jax.config import converted_to_json
+from llama4_jax.hub import model_directory
 from llama4_jax.model.quantized import is_of_decoder
 from llama4_jax.ops.quantization import Scheme, amax, encode, num_groups, pack_int4, scale_of
 from llama4_jax.weights import table
@@ -66,7 +67,7 @@ def quantize(
     # Here, since Orbax takes a second to import.
     from llama4_jax.weights.orbax_arrays import create_array
 
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(model_directory(source)), Path(destination)
     weights = open_weights(source)
     tensors = {tensor.name: tensor for tensor in _tensors(weights, scheme, dtype)}
     for line in preset_differences(weights.config):

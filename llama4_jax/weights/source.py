@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from llama4_jax.atomic import AnyPath, any_path
+from llama4_jax.atomic import AnyPath
 from llama4_jax.config import SavedModel, model_from_json
+from llama4_jax.hub import model_directory
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.untrusted_json import read_json, read_text, shortened
 from llama4_jax.weights import hf_config, meta_config, table
@@ -256,7 +257,7 @@ def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weigh
     Raises FileNotFoundError for what is not there; ValueError for a directory of no known format, damaged files, and
     weights that do not fit their config, naming every tensor that is at fault.
     """
-    path = any_path(path)
+    path = model_directory(path)
     kind = source_format(path)
     if kind == "run":
         return newest_weights(path)
@@ -276,7 +277,7 @@ def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weigh
 
 def open_config(path: epath.PathLike) -> ModelConfig:
     """What model is in a directory, from its config alone. Raises as `open_weights` does."""
-    path = any_path(path)
+    path = model_directory(path)
     match source_format(path):
         case "run":
             return saved_model(path).model
