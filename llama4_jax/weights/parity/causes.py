@@ -149,6 +149,10 @@ def diagnose(
     if unequal:
         return Cause(stage, position, _of_weights(unequal), {})
     of_attention = STAGES.index(stage) <= STAGES.index("attention output")
+    missing = [name for name in ("attention output", "feed-forward output") if name not in theirs[1]]
+    if missing:
+        text = "unknown: with attention and feed_forward of this layer in the recording, a cause may be named."
+        return Cause(stage, position, text, {})
     if not of_attention and not ours[0].layers[i].moe:
         return Cause(stage, position, "unknown: the dense feed-forward differs, though its weights are the same.", {})
     make, formula, output = (

@@ -23,6 +23,7 @@ from llama4_jax.weights.parity.options import (
 )
 from llama4_jax.weights.parity.ours import OurLayer, Ours
 from llama4_jax.weights.parity.plot import plot
+from llama4_jax.weights.parity.recorded import Recorded
 from llama4_jax.weights.parity.report import (
     BFLOAT16_TOLERANCE,
     Difference,
@@ -61,15 +62,22 @@ def run(options: ParityOptions, *, say: Callable[[str], None] = lambda line: Non
         weights, against = against, weights
     if options.grads and is_quantized(against):
         raise ValueError(f"--grads has nothing to compare with: {against.path} is quantized, for inference alone.")
-    length = row_length(options, weights.config)
-    tokens, source = make_tokens(options, weights.config, length)
+    recorded = None
+    if options.against_activations is not None:
+        recorded = Recorded(options.against_activations, weights)
+        tokens, source = recorded.tokens, f"of {options.against_activations}"
+    else:
+        tokens, source = make_tokens(options, weights.config, row_length(options, weights.config))
     ours = Ours(against, options.dtype)
     comparison = None
     if weights is not against and not is_quantized(against):
         say("the weights")
         comparison = diff(against, weights)
     # Elsewhere than on a CPU, products of float32 are made of less unless told otherwise.
-    with jax.default_matmul_precision("highest"), _open_reference(options, weights, length) as reference:
+    with (
+        jax.default_matmul_precision("highest"),
+        _open_reference(options, weights, tokens.shape[1], recorded) as reference,
+    ):
         report = _compare(
             reference, ours, tokens, source, tolerance_of(options, ours.schemes.values()), options, comparison, say
         )
@@ -87,7 +95,10 @@ def is_quantized(weights: Weights) -> bool:
 
 
 @contextlib.contextmanager
-def _open_reference(options: ParityOptions, weights: Weights, length: int) -> Iterator[Side]:
+def _open_reference(options: ParityOptions, weights: Weights, length: int, recorded: Recorded | None) -> Iterator[Side]:
+    if recorded is not None:
+        yield recorded
+        return
     kind = options.reference
     if kind == "auto":
         kind = {"hf": "transformers", "meta": "meta", "run": "ours"}[weights.format]
@@ -266,6 +277,8 @@ def _stage_difference(mine: Stages, theirs: Stages, same: Bool[np.ndarray, "B T"
     adds little to it, would not show."""
     found = []
     for name in _COMPARED:
+        if name not in theirs:  # that was not recorded
+            continue
         a = mine[name] if name == "attention output" else np.where(same[..., None], mine[name], theirs[name])
         found.append(_difference(a, theirs[name], tolerance))
     beyond = [d.first_position for d in found if d.first_position is not None]

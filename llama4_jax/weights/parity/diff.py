@@ -29,18 +29,20 @@ from llama4_jax.weights.table import SCALE, Index, Row, Shape, rows
 
 _PART = 2**26  # numbers of a tensor that are in memory at once, if it is not an expert's
 _MOST_GROUPS = 20  # that are listed
-_MOST_KINDS = 4  # of tensors that are named in a group
+_MOST_KINDS = 6  # of tensors that are named in a group
 # Of what only our directories have
 _OTHER_AXES = {"moe.bias": "E", "attention.ssmax.s": "N", "attention.ssmax.b": "N"}
-_SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+_SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+          "expert_mlp_dim", "num_experts")  # fmt: skip
+_TEMPERATURE = ("temperature_floor", "temperature_coef")
+# Fields of a config, beside sizes and what a layer is, that its numbers depend on
+_READ = ("top_k", "rope_theta", "rope_scaling", "norm_eps", *_TEMPERATURE)
 
 
 def check_sizes(ours: Weights, theirs: Weights) -> None:
     """Raises ValueError, naming the fields, if the two are models of other sizes. What no layer uses may differ."""
     a, b = ours.config, theirs.config
-    names = list(_SIZES)
-    names += ["mlp_dim"] if any(not spec.moe for spec in (*a.layers, *b.layers)) else []
-    names += ["expert_mlp_dim", "num_experts"] if any(spec.moe for spec in (*a.layers, *b.layers)) else []
+    names = [name for name in _SIZES if name not in _of_unused(a) & _of_unused(b)]
     sizes = [(name, getattr(a, name), getattr(b, name)) for name in names]
     lines = [f"{name}: {one} != {other}" for name, one, other in sizes if one != other]
     if a.num_layers == b.num_layers and (wrong := _other_kinds(a, b)):
@@ -50,6 +52,17 @@ def check_sizes(ours: Weights, theirs: Weights) -> None:
         raise ValueError(
             f"{ours.path} and {theirs.path} differ in their sizes and cannot be compared: {'; '.join(lines)}."
         )
+
+
+def _of_unused(config: ModelConfig) -> set[str]:
+    """Fields that no layer uses, as files of different formats have something or nothing there."""
+    layers = config.layers
+    return {
+        *(() if any(not spec.moe for spec in layers) else ("mlp_dim",)),
+        *(() if any(spec.moe for spec in layers) else ("expert_mlp_dim", "num_experts", "top_k")),
+        *(() if any(spec.rope for spec in layers) else ("rope_theta", "rope_scaling")),
+        *(() if any(spec.query_scale == "temperature" for spec in layers) else _TEMPERATURE),
+    }
 
 
 def _other_kinds(a: ModelConfig, b: ModelConfig) -> list[int]:
@@ -170,7 +183,7 @@ def diff(
         different=tuple(found),
         only_ours=tuple(name for name in mine.names if name not in set(both)),
         only_theirs=tuple(name for name in right.names if name not in set(both)),
-        notes=tuple(_notes(found, theirs.config)),
+        notes=tuple(_notes(found, ours.config, theirs.config)),
     )
 
 
@@ -274,6 +287,8 @@ def _of_parts(causes: dict[int, TensorCause], parts: int, by_expert: bool) -> Te
         return first
     kinds = {cause.kind for cause in causes.values()}
     kind = first.kind if len(kinds) == 1 else UNKNOWN
+    if kind == UNKNOWN == first.kind and len(causes) == parts:
+        return first
     if by_expert:
         which = "each expert" if len(causes) == parts else f"experts {', '.join(map(str, list(causes)[:8]))} alone"
         which = f"expert {next(iter(causes))} alone" if len(causes) == 1 else which
@@ -376,8 +391,13 @@ def _inside(name: str) -> str:
     return re.sub(r"^layers\.\d+\.", "", name)
 
 
-def _notes(found: Sequence[TensorDifference], config: ModelConfig) -> Iterator[str]:
-    """Layers that are the same in another order."""
+def _notes(found: Sequence[TensorDifference], ours: ModelConfig, config: ModelConfig) -> Iterator[str]:
+    """Fields of the configs that differ, and layers that are the same in another order."""
+    used = [name for name in _READ if name not in _of_unused(ours) & _of_unused(config)]
+    other = [name for name in used if getattr(ours, name) != getattr(config, name)]
+    other += [] if ours.layers == config.layers else ["layers (RoPE, chunks, qk-norm, temperature)"]
+    if other:
+        yield f"The configs differ in {', '.join(other)}: `llama4 parity` says what comes of it."
     by_layer: dict[int, list[TensorDifference]] = {}
     for difference in found:
         if (layer := _layer_of(difference.name)) is not None:
@@ -404,10 +424,9 @@ def _grouped(found: Sequence[TensorDifference]) -> Iterator[tuple[str, list[Tens
     """Tensors that differ in the same way."""
     groups: dict[tuple, list[TensorDifference]] = {}
     for d in found:
-        # Of tensors of another layer, those of one layer; of unknown ones, those of one kind.
-        own = _layer_of(d.name) if d.other is not None else _inside(d.name) if d.cause.kind == UNKNOWN else None
-        text = "" if d.cause.kind == UNKNOWN else d.cause.text
-        groups.setdefault((d.cause.kind, text, own), []).append(d)
+        # Of tensors of another layer, those of one layer; of unknown ones, all that are as near.
+        own = _layer_of(d.name) if d.other is not None else None
+        groups.setdefault((d.cause.text.partition(" (cosine")[0], own), []).append(d)
     for some in groups.values():
         yield max(some, key=lambda d: _or_largest(d.relative)).cause.text, some
 

@@ -35,6 +35,8 @@ class ParityOptions:
     path: Positional[Path]
     # What ours computes, if not the same directory.
     against: Path | None = None
+    # A file of what passed through another program's model, to stand for the reference: see docs/parity.md.
+    against_activations: Path | None = None
     # The code that runs `path`. auto: transformers for a Hugging Face directory, Meta's llama-models for a Meta
     # directory, ours in float32 for one of ours.
     reference: Literal["auto", "transformers", "meta", "ours"] = "auto"
@@ -79,6 +81,14 @@ def check(options: ParityOptions) -> None:
         raise ValueError(f"--decode must be 0 or more, got {options.decode}.")
     if options.tolerance is not None and not options.tolerance > 0:
         raise ValueError(f"--tolerance must be positive, got {options.tolerance}.")
+    if options.against_activations is not None:
+        fixed = ("against", "reference", "tokens", "batch", "seed", "text", "grads")
+        given = [name for name in fixed if getattr(options, name) != ParityOptions.__dataclass_fields__[name].default]
+        if given:
+            raise ValueError(
+                f"--against-activations has its own reference and tokens: leave out "
+                f"{', '.join(f'--{name}' for name in given)}."
+            )
     if options.plot is not None:
         require_matplotlib()
 

@@ -53,7 +53,7 @@ class TensorCause:
     order: tuple[str, tuple[int, ...]] | None = None
 
 
-UNKNOWN = "unknown"
+UNKNOWN, SCATTERED = "unknown", "numbers in another order"
 
 
 def how_they_differ(
@@ -73,7 +73,8 @@ def how_they_differ(
     if not np.isfinite(ours).all() and np.isfinite(theirs).all():
         return TensorCause("not finite", f"{_count(int((~np.isfinite(ours)).sum()), ours.size)} are not finite")
     found = _elements(ours, theirs, names, wrong) or _whole(ours, theirs, names, contracted.split(), eps)
-    return found or _apart(ours, theirs, names, contracted, wrong, eps) or _unknown(ours, theirs)
+    found = found or _apart(ours, theirs, names, contracted, wrong, eps)
+    return found or _scattered(ours, theirs) or _unknown(ours, theirs)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -273,7 +274,8 @@ def say_order(axis: str, order: tuple[int, ...]) -> str:
     if order == tuple(reversed(range(size))):
         return f"the {several} are in reverse order"
     if all(source == (i + order[0]) % size for i, source in enumerate(order)):
-        return f"the order of the {several} is shifted by {order[0]}"
+        shift = -order[0] % size
+        return f"the order of the {several} is shifted by {shift if shift <= size // 2 else shift - size}"
     shown = ", ".join(map(str, order[:8])) + (", …" if size > 8 else "")
     return f"the {several} are in another order, permuted: ours are the reference's {shown}"
 
@@ -313,7 +315,7 @@ def _matrices(x: np.ndarray, names: list[str], contracted: list[str], fixed: lis
 
 
 def _mixed(a: np.ndarray, b: np.ndarray, names: list[str], contracted: list[str]) -> TensorCause | None:
-    """Inputs or outputs in another order that is not one of a single axis; or all numbers in another."""
+    """Inputs or outputs in another order that is not one of a single axis."""
     mine, right = (_matrices(x, names, contracted, []) for x in (a, b))
     for axis, what in ((2, "outputs"), (1, "inputs")):
         letters = [n for n in names if (n in contracted) == (axis == 1)]
@@ -323,11 +325,14 @@ def _mixed(a: np.ndarray, b: np.ndarray, names: list[str], contracted: list[str]
         if found is not None:
             shown = ", ".join(map(str, found[:8]))
             return TensorCause("order", f"the {what} ({' '.join(letters)}) are in another order, permuted: {shown}, …")
-    sort = np.sort if a.dtype == np.float32 else (lambda x: np.sort(x.astype(np.float32)))
-    values = sort(a.ravel())
-    if values.size and values[0] != values[-1] and np.array_equal(values, sort(b.ravel())):
-        return TensorCause("numbers in another order", "the same numbers in another order, of no single axis")
     return None
+
+
+def _scattered(ours: np.ndarray, theirs: np.ndarray) -> TensorCause | None:
+    """All numbers in an order that none of the above is."""
+    if _sums(ours) != _sums(theirs) or not np.array_equal(np.sort(ours, axis=None), np.sort(theirs, axis=None)):
+        return None
+    return TensorCause(SCATTERED, "the same numbers in another order, of no single axis")
 
 
 def _apart(
@@ -347,7 +352,7 @@ def _apart(
             for i in bad[:4]
         ]  # fmt: skip
         known = {cause.text for cause in each if cause is not None}
-        if len(bad) == ours.shape[axis] and (len(known) != 1 or each[0].kind == UNKNOWN):
+        if len(bad) == ours.shape[axis] and (len(known) != 1 or each[0].kind in (UNKNOWN, SCATTERED)):
             continue
         if name == "P":
             where = "gate and up each" if len(bad) == 2 else ("its gate", "its up")[bad[0]]
@@ -375,11 +380,8 @@ def _unknown(ours: np.ndarray, theirs: np.ndarray) -> TensorCause:
             powers += (a @ b, a @ a, b @ b)
     dot, *sizes = powers
     likeness = float(dot / math.sqrt(math.prod(sizes))) if all(0 < size < math.inf for size in sizes) else 0.0
-    some = _count(int((~_equal(ours, theirs)).sum()), ours.size)
-    alike = (
-        "other numbers altogether" if abs(likeness) < 0.5 else "near to the reference's, as after rounding or training"
-    )
-    return TensorCause(UNKNOWN, f"{some} differ, and no cause is known: {alike} (cosine {likeness:.6g})")
+    what = "other numbers altogether" if abs(likeness) < 0.5 else "near to the reference's, as after training"
+    return TensorCause(UNKNOWN, f"no cause is known: {what} (cosine {likeness:.6g})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
