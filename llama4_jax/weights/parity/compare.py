@@ -372,7 +372,8 @@ def _end(
     if alone.within(tolerance):
         return alone, logits, None
     sides = our_head.tensors(), their_head.tensors()
-    return alone, logits, diagnose_head(ours.config, *sides, alone.first_position or 0, tolerance, weights)
+    config = our_head.side.config
+    return alone, logits, diagnose_head(config, *sides, alone.first_position or 0, tolerance, weights)
 
 
 def _log_softmax(logits: Float[np.ndarray, "B T V"]) -> Float[np.ndarray, "B T V"]:

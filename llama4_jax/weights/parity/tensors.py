@@ -73,8 +73,13 @@ def how_they_differ(
     if not np.isfinite(ours).all() and np.isfinite(theirs).all():
         return TensorCause("not finite", f"{_count(int((~np.isfinite(ours)).sum()), ours.size)} are not finite")
     found = _elements(ours, theirs, names, wrong) or _whole(ours, theirs, names, contracted.split(), eps)
-    found = found or _apart(ours, theirs, names, contracted, wrong, eps)
-    return found or _scattered(ours, theirs) or _unknown(ours, theirs)
+    if found is not None:
+        return found
+    apart = _apart(ours, theirs, names, contracted, wrong, eps)
+    if apart is not None and apart.kind not in (UNKNOWN, SCATTERED):
+        return apart
+    last = _mixed(ours, theirs, names, contracted.split()) or _by_slice(ours, theirs, names, eps)
+    return last or apart or _scattered(ours, theirs) or _unknown(ours, theirs)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -112,10 +117,10 @@ def _whole(
         a, b = np.ascontiguousarray(seen(ours)), np.ascontiguousarray(seen(theirs))
         if _sums(a) != _sums(b):
             continue
-        found = _ordered(a, b, names) or _transposed(a, b, names, contracted) or _mixed(a, b, names, contracted)
+        found = _ordered(a, b, names) or _transposed(a, b, names, contracted)
         if found is not None:
             return TensorCause(found.kind, found.text + rounded, found.order)
-    return _by_slice(ours, theirs, names, eps)
+    return None
 
 
 def _sums(x: np.ndarray) -> tuple[int, int]:
@@ -316,6 +321,8 @@ def _matrices(x: np.ndarray, names: list[str], contracted: list[str], fixed: lis
 
 def _mixed(a: np.ndarray, b: np.ndarray, names: list[str], contracted: list[str]) -> TensorCause | None:
     """Inputs or outputs in another order that is not one of a single axis."""
+    if _sums(a) != _sums(b):
+        return None
     mine, right = (_matrices(x, names, contracted, []) for x in (a, b))
     for axis, what in ((2, "outputs"), (1, "inputs")):
         letters = [n for n in names if (n in contracted) == (axis == 1)]
@@ -358,8 +365,12 @@ def _apart(
             where = "gate and up each" if len(bad) == 2 else ("its gate", "its up")[bad[0]]
         else:
             where = _some(name, bad.tolist(), ours.shape[axis])
-        kind = each[0].kind if len({cause.kind for cause in each}) == 1 else UNKNOWN
-        return TensorCause(kind, f"{where}: {each[0].text if len(known) == 1 else 'each in a way of its own'}")
+        if len(known) == 1:
+            return TensorCause(each[0].kind, f"{where}: {each[0].text}")
+        kinds = {cause.kind for cause in each}
+        kind = each[0].kind if len(kinds) == 1 else UNKNOWN
+        how = "no cause is known" if kind == UNKNOWN else "each in a way of its own, the first: " + each[0].text
+        return TensorCause(kind, f"{where}: {how}")
     return None
 
 
