@@ -1,4 +1,4 @@
-"""A dense student of 1.8 B parameters with Llama 4's attention, on 16 accelerators or more.
+"""A dense student of 1.8 B parameters with Llama 4's attention, on 16 accelerators of 80 GB or more.
 
 Needs a `tokenizer.model` and JSON Lines with a field "text", at the paths below or others:
 

@@ -7,14 +7,16 @@
     llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
     llama4 quantize runs/scout  runs/scout-int4  --weights int4 # or int8, fp8; --group 32
     llama4 parity   path/to/hf_dir                              # against transformers, layer by layer
+    llama4 diff     runs/scout  path/to/hf_dir                  # the weights alone: which tensors differ, and how
     llama4 plan     scout_pretrain  --topology v5p:4x4x8        # what a step costs on a pod that is not here; --search
 
-Results go to stdout, progress to stderr. Exit codes: 0, 1 (parity: they differ; plan: it does not
+Results go to stdout, progress to stderr. Exit codes: 0, 1 (parity, diff: they differ; plan: it does not
 fit), 2 (the arguments or files do not serve; one line says why).
 """
 
 import dataclasses
 import importlib.metadata
+import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -71,9 +73,20 @@ class Quantize:
     verify: bool = False  # read everything back and compare it bit for bit
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diff:
+    """Say which tensors of two directories differ, by how much and how, without running them. Exit code 0: none, 1:
+    some, 2: they cannot be compared."""
+
+    ours: tyro.conf.Positional[Path]  # of Hugging Face, Meta, or ours
+    reference: tyro.conf.Positional[Path]  # the same; what is right
+    tolerance: float = 0.0  # up to which a number may differ, as a fraction of the largest of its tensor
+    json: Path | None = None  # write every difference to this file
+
+
 def main(arguments: list[str] | None = None) -> int:
     commands = {"inspect": Inspect, "convert": Convert, "export": Export, "quantize": Quantize, "parity": ParityOptions,
-                "plan": PlanOptions}  # fmt: skip
+                "diff": Diff, "plan": PlanOptions}  # fmt: skip
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         from llama4_jax.train_cli import main as train
@@ -100,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(command: Inspect | Convert | Export | Quantize | ParityOptions) -> int:
+def _run(command: Inspect | Convert | Export | Quantize | ParityOptions | Diff) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant: no jax arrays, nothing to merge
@@ -160,6 +173,17 @@ def _run(command: Inspect | Convert | Export | Quantize | ParityOptions) -> int:
             report = run(command, say=_to_stderr)
             print(report.text())
             return 0 if report.passed else 1
+        case Diff():
+            from llama4_jax.weights.parity import diff
+            from llama4_jax.weights.source import open_weights
+
+            ours, reference = (open_weights(path) for path in (command.ours, command.reference))
+            found = diff(ours, reference, tolerance=command.tolerance, say=_to_stderr)
+            if command.json is not None:
+                command.json.parent.mkdir(parents=True, exist_ok=True)
+                command.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False), encoding="utf-8")
+            print(found.text())
+            return 0 if found.equal else 1
     return 0
 
 

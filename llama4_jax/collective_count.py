@@ -42,10 +42,12 @@ class Counted(NamedTuple):
 def count(config: RunConfig, rows: int, context: int, mesh: MeshConfig, *, on_tpu: bool) -> Iterator[Counted]:
     """Those of a step on `rows` of `context` tokens, those over an axis of size 1 among them. The mesh is resolved."""
     tokens = rows * context / config.grad_accumulation / (mesh.data * mesh.fsdp * mesh.expert * mesh.context)
-    passes = 2 if config.remat in ("full", "offload") else 1
+    passes = 1 if config.remat == "none" else 2
+    # What came of products is kept by "dots", and rows at their experts: kernels and keys travel again, tokens do not.
+    of_tokens = 1 if config.remat == "dots" else passes
     for counted in (
         *_of_parameters(config, mesh, passes, on_tpu),
-        *_of_tokens(config, mesh, passes, tokens, on_tpu),
+        *_of_tokens(config, mesh, of_tokens, tokens, on_tpu),
         *_of_keys(config, mesh, passes, tokens, context),
     ):
         yield counted._replace(times=counted.times * config.grad_accumulation)

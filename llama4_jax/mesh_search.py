@@ -15,7 +15,14 @@ from typing import Literal, NamedTuple
 from llama4_jax.collective_count import BYTES, IN_8_BITS, Counted, count
 from llama4_jax.config import RunConfig
 from llama4_jax.model.config import LayerSpec, ModelConfig
-from llama4_jax.model.flops import count_parameters, decode_bytes, forward_flops, train_flops_per_token
+from llama4_jax.model.flops import (
+    count_parameters,
+    decode_bytes,
+    forward_flops,
+    mean_visible_keys,
+    train_flops_per_token,
+)
+from llama4_jax.ops.exchange import ROOM
 from llama4_jax.ops.quantization import Scheme, num_groups
 from llama4_jax.plan_options import StepKind
 from llama4_jax.sharding import MeshConfig
@@ -163,9 +170,7 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
         for c in _sent(work, mesh, topology)
         if (ways := math.prod(getattr(mesh, axis) for axis in c.axes)) > 1
     )
-    again = (
-        {"none": 1.0, "dots": 1.0, "full": 4 / 3, "offload": 4 / 3}[work.config.remat] if work.step == "train" else 1.0
-    )
+    again = _executed(work)
     flops = work.model_flops * again / devices
     traffic = _traffic(work, mesh, arguments)
     used = sum(arguments.values()) + temporaries
@@ -179,7 +184,34 @@ def estimate(work: Work, mesh: MeshConfig, topology: Topology) -> Plan:
             "NOT COMPILED: all figures are closed formulas, without what a compiler adds or saves",
             *precision_notes(work, chip),
         ),
+        tokens=float(work.rows * work.tokens),
     )  # fmt: skip
+
+
+def _executed(work: Work) -> float:
+    """Operations that a step executes, as a multiple of the model's: in training some are computed again."""
+    if work.step != "train" or work.config.remat == "none":
+        return 1.0
+    if work.config.remat != "dots":
+        return 4 / 3
+    model = work.config.model
+    keys = sum(mean_visible_keys(spec, work.context) for spec in model.layers)
+    scores = 4 * model.num_heads * model.head_dim * keys * work.rows * work.context
+    return 1 + scores / work.model_flops
+
+
+def _kept(config: RunConfig, mesh: MeshConfig) -> float:
+    """Numbers that a token leaves behind for the backward pass in all layers together, on one device."""
+    model = config.model
+    if config.remat != "dots":
+        return {"offload": 0.0, "full": 1.0, "none": 12.0}[config.remat] * model.embed_dim * model.num_layers
+    kept = 0.0
+    for spec in model.layers:  # the layer's input; q, k, v; what is added by attention; gate and up
+        kept += 2 * model.embed_dim + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / mesh.tensor
+        kept += 2 * (model.expert_mlp_dim if spec.moe else model.mlp_dim) / mesh.tensor
+        if spec.moe:
+            kept += model.top_k * ROOM * (model.embed_dim + 2 * model.expert_mlp_dim / mesh.tensor)
+    return kept
 
 
 def _compute_seconds(work: Work, chip: Chip) -> float:
@@ -242,13 +274,12 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     held = counted.total / split
     tokens = work.rows * work.context / config.grad_accumulation
     tokens /= mesh.data * mesh.fsdp * mesh.expert * mesh.context
-    kept = {"offload": 0.0, "full": 1.0, "dots": 6.0, "none": 12.0}[config.remat]  # of a layer, in units of its input
     parts = max((_layer_parameters(model, spec) for spec in model.layers), key=sum)
     gathered = (parts[0] + parts[1]) / mesh.tensor + parts[2] / (mesh.expert * mesh.tensor)
     ends = model.vocab_size * model.embed_dim / mesh.tensor
     width = 4 * (1 + model.top_k) * model.expert_mlp_dim / mesh.tensor + 8 * model.embed_dim
     temporaries = held * size  # gradients
-    temporaries += tokens * (model.num_layers * kept * model.embed_dim + width) * compute
+    temporaries += tokens * (_kept(config, mesh) + width) * compute
     temporaries += max(3 * gathered * compute, ends * (compute + 4))
     return {"parameters": held * size, "optimizer": held * 8, "batch": tokens * 24}, temporaries
 

@@ -64,11 +64,18 @@ def main(arguments: list[str]) -> int:
         if options.json is not None:
             raise ValueError("--json writes the figures of one plan: give the mesh that --search found, without it.")
         return _search(work, where)
-    mesh = work.config.mesh
+    mesh, notes = work.config.mesh, ()
     if not chosen and (options.step != "train" or options.name not in config_names()):
         mesh = _best(work, where)
+    elif not chosen and not _divides(work, mesh, where):
+        asked, mesh = flags(mesh), _nearest_that_fits(work, mesh, where)
+        notes = (f"not the mesh of {options.name} ({asked}), which does not fit {where.num_devices} devices, but the "
+                 f"nearest that does: {flags(mesh)}",)  # fmt: skip
+        _say(f"llama4 plan: {notes[0]}")
     _say(f"planning {options.name}, {options.step}, {work.rows} rows x {work.context} tokens, {flags(mesh)} …")
-    plan = plan_step(work, mesh, where)
+    plan = _too_large(work, mesh, where) if notes else None
+    plan = plan_step(work, mesh, where) if plan is None else plan
+    plan = dataclasses.replace(plan, assumptions=(*notes, *plan.assumptions))
     print(plan.text())
     if options.json is not None:
         options.json.write_text(plan.to_json())
@@ -131,6 +138,29 @@ def _best(work: Work, where: Topology) -> MeshConfig:
     return found[0][0]
 
 
+def _divides(work: Work, mesh: MeshConfig, where: Topology) -> bool:
+    try:
+        return not misfits(work, mesh.resolve(where.num_devices))
+    except ValueError:
+        return False
+
+
+def _nearest_that_fits(work: Work, mesh: MeshConfig, where: Topology) -> MeshConfig:
+    """The nearest mesh that the memory holds by formulas, or else the nearest."""
+    found = nearest(work, mesh, where.num_devices)
+    if not found:
+        raise ValueError(f"no mesh of the {where.num_devices} devices of {where.name} divides this model and batch.")
+    return next((near for near in found if estimate(work, near, where).fits), found[0])
+
+
+def _too_large(work: Work, mesh: MeshConfig, where: Topology) -> Plan | None:
+    """A plan by formulas of a step whose parameters and optimizer alone the memory does not hold: there is no need to
+    compile it, for minutes, to say so. None of others."""
+    plan = estimate(work, mesh, where)
+    held = sum(plan.arguments.values())
+    return plan if held > where.chip.memory else None
+
+
 def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
     """Raises ValueError, with the nearest meshes that work, if this mesh does not fit the devices or does not divide
     what it splits; and if there is no such topology, or no compiler for it."""
@@ -149,6 +179,7 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         turns=functools.partial(_turns, expert_turns=_expert_turns(work, mesh)),
         takes_cheapest=_is_of_experts,
         steps=generate.TOKENS_PER_CALL if work.step == "decode" else 1,
+        tokens=float(work.rows * work.tokens),
         by_hand=_by_hand(work, mesh_config, where) if work.step == "train" else None,
         notes=[*notes, *_NOTES, *precision_notes(work, where.chip)],
     )  # fmt: skip
@@ -361,10 +392,12 @@ def _search(work: Work, where: Topology) -> int:
             compiled = plan_step(work, mesh, where)
         rows.append((mesh, compiled or guess, compiled is not None))
     rows.sort(key=lambda row: (not row[2], not row[1].fits, row[1].seconds, row[1].seconds_without_overlap))
-    print(f"{'mesh':<58}{'GiB':>8}{'fits':>6}{'binds':>10}{'ms':>11}{'no overlap':>12}{'MFU':>8}  figures")
+    print(f"{'mesh':<58}{'GiB':>8}{'fits':>6}{'binds':>10}{'ms':>11}{'no overlap':>12}"
+          f"{'MFU':>8}{'tokens/s':>12}  figures")  # fmt: skip
     for mesh, plan, compiled in rows:
         print(f"{flags(mesh):<58}{plan.bytes / 2**30:>8,.1f}{'yes' if plan.fits else 'NO':>6}{plan.binds:>10}"
               f"{plan.seconds * 1e3:>11,.1f}{plan.seconds_without_overlap * 1e3:>12,.1f}{plan.utilization:>8.1%}"
+              f"{plan.tokens_per_second:>12,.0f}"
               f"  {'compiled' if compiled else 'formulas'}")  # fmt: skip
     print("All times are estimates.")
     return 0

@@ -116,6 +116,7 @@ class Plan:
     network_seconds: float
     peak: float  # operations a second, bfloat16
     assumptions: tuple[str, ...]
+    tokens: float = 0.0  # that all devices together train on, read or write in a step; 0 where nobody counts them
 
     @property
     def bytes(self) -> float:
@@ -140,6 +141,15 @@ class Plan:
         """Model FLOPs utilisation at `seconds`: an estimate, and an upper bound."""
         return self.model_flops / (self.seconds * self.peak) if self.seconds else 0.0
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices at `seconds`: an estimate, and an upper bound."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second_without_overlap(self) -> float:
+        return self.tokens / self.seconds_without_overlap if self.seconds else 0.0
+
     def _beyond_the_needed(self) -> str:
         if not self.model_traffic:
             return ""
@@ -147,7 +157,8 @@ class Plan:
 
     def to_json(self) -> str:
         derived = {name: getattr(self, name) for name in ("bytes", "seconds", "seconds_without_overlap", "binds",
-                                                          "utilization")}  # fmt: skip
+                                                          "utilization", "tokens_per_second",
+                                                          "tokens_per_second_without_overlap")}  # fmt: skip
         return json.dumps(asdict(self) | derived, indent=1)
 
     def text(self) -> str:
@@ -180,7 +191,17 @@ class Plan:
         lines.append(f"  {'all overlapping':<28}{self.seconds * 1e3:>12,.2f}" + (
             f"   estimated MFU {self.utilization:.1%}" if self.model_flops else ""))  # fmt: skip
         lines.append(f"  {'nothing overlapping':<28}{self.seconds_without_overlap * 1e3:>12,.2f}")
+        if self.tokens:
+            rates = self.tokens_per_second, self.tokens_per_second_without_overlap
+            lines += ["", f"Estimated tokens a second{'all overlapping':>22}{'nothing':>14}"]
+            for who, among in (("of all devices", 1), ("of one", self.devices)):
+                fast, slow = (rate / among for rate in rates)
+                lines.append(f"  {who:<28}{_rate(fast):>17}{_rate(slow):>14}")
         return "\n".join([*lines, "", "Assumptions", *(f"  - {line}" for line in self.assumptions)])
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:,.1f}"
 
 
 def make_plan(
@@ -195,6 +216,7 @@ def make_plan(
     turns: hlo.Turns = hlo.unknown,
     takes_cheapest: hlo.TakesCheapest = hlo.never,
     steps: int = 1,
+    tokens: float = 0.0,
     by_hand: Mapping[tuple[str, tuple[str, ...]], float] | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
@@ -206,6 +228,7 @@ def make_plan(
     - turns: how often loops run whose length depends on the data, on average
     - takes_cheapest: of which conditionals the branch that costs least is taken; of others the dearest counts
     - steps: how many of them one run of the program takes; what it does once for all of them is shared out
+    - tokens: of all devices together in a step
     - by_hand: bytes that the step should send, by kind and mesh axes, to stand beside what was compiled
     - notes: assumptions of the caller, to stand with the plan's own
 
@@ -237,6 +260,7 @@ def make_plan(
         memory_seconds=costs.traffic / chip.bandwidth,
         network_seconds=float(sum(s.seconds for s in sent)),
         assumptions=(*notes, *_ASSUMPTIONS, *assumptions),
+        tokens=tokens,
     )
 
 

@@ -12,12 +12,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from llama4_jax.ops.dot_general import PRODUCT
+
 _INPUT = "layer_input"
 
 # `remat`: what the backward pass may keep of each layer, beside the layer's input. "none" keeps all it needs.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of products with parameters
+    # results of products with parameters, and the rows that went to experts: attention and what is cheap come again
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     # and the input is in the host's memory until the backward pass comes to the layer
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(

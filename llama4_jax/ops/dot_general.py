@@ -14,12 +14,17 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llama4_jax.ops.dims import Dims
 from llama4_jax.ops.fp8 import Fp8DotGeneral, fp8_dot_general
 from llama4_jax.ops.plain import own_gradient
 from llama4_jax.sharding import for_use
+
+# The name of what is dear to compute again, results of products with parameters, for a policy of `jax.checkpoint`. By
+# their primitive a policy finds no product that is within a custom VJP or a kernel.
+PRODUCT = "product"
 
 
 def dot_general(
@@ -107,12 +112,13 @@ def linear(
     x: Float[Array, "..."], kernel: Float[Array, "..."], axes: tuple[str, ...], num_contract: int, matmul: str
 ) -> Float[Array, "..."]:
     """x [..., in dims] · a parameter [in dims, out dims] whose axes have these names, by the `dot_general` of this
-    name. On a mesh the parameter is gathered in what it is multiplied in."""
+    name. On a mesh the parameter is gathered in what it is multiplied in. The result has the name PRODUCT."""
     multiply = make_dot_general(matmul)
     if isinstance(multiply, Fp8DotGeneral):
-        return multiply.linear(x, kernel, axes, num_contract)
+        return checkpoint_name(multiply.linear(x, kernel, axes, num_contract), PRODUCT)
     dtype = jnp.bfloat16 if multiply is bfloat16_dot_general else x.dtype
-    return contract(x, for_use(kernel, dtype, *axes), num_contract=num_contract, dot_general=multiply)
+    y = contract(x, for_use(kernel, dtype, *axes), num_contract=num_contract, dot_general=multiply)
+    return checkpoint_name(y, PRODUCT)
 
 
 def contract(

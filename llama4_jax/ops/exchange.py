@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_jax.ops.dot_general import PRODUCT
 from llama4_jax.ops.expert_feed_forward import ExpertWeights, FeedForward, dtypes_of
 from llama4_jax.sharding import platform, ways
 
@@ -194,6 +196,7 @@ def _forward(how: FeedForward, way: _Way, rows, counts, weights):
     )
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     out, saved = _rounds(one, (jnp.zeros_like(held), nothing), way, counts, len(rows))
+    saved = checkpoint_name(saved, PRODUCT)  # the rows, too: without them it would be the whole round again
     return way.move.finish(out, way.axes), (rows, counts, used, saved, dtypes_of(weights))
 
 

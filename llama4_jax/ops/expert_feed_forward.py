@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from llama4_jax.ops.dot_general import PRODUCT
 from llama4_jax.ops.expert_products import Product
 from llama4_jax.ops.plain import own_gradient
 from llama4_jax.ops.swiglu import swiglu, swiglu_flat
@@ -93,7 +95,7 @@ def feed_forward(
 def _forward(how: FeedForward, x, group_sizes, weights: ExpertWeights):
     used = how.prepare(weights, x.dtype)
     y, saved = how.forward(x, group_sizes, used)
-    return y, (saved, group_sizes, used, dtypes_of(weights))
+    return y, (checkpoint_name(saved, PRODUCT), group_sizes, used, dtypes_of(weights))
 
 
 def _backward(how: FeedForward, residuals, g):

@@ -12,12 +12,13 @@ that was. For the first such layer the report says where inside it the differenc
 
 - compare.py: the walk through the model; gradients.py: the way back
 - sides.py: what both sides have in common; ours.py: our layers; torch_sides.py: the references'
-- causes.py: why a layer differs
+- causes.py: why a layer differs; tensors.py: how two tensors do; diff.py: those of two directories (`llama4 diff`)
 - options.py: what is asked for; report.py, plot.py: what is said
 """
 
 from llama4_jax.weights.parity.compare import run
+from llama4_jax.weights.parity.diff import diff
 from llama4_jax.weights.parity.options import ParityOptions
 from llama4_jax.weights.parity.report import Report
 
-__all__ = ["ParityOptions", "Report", "run"]
+__all__ = ["ParityOptions", "Report", "diff", "run"]

@@ -11,6 +11,7 @@ Sources: the formulas as `model/` documents them; the ways to be wrong are those
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from llama4_jax.model.config import LayerSpec, ModelConfig, QueryScaleKind, RopeScaling
+from llama4_jax.weights.parity.diff import axes_of
 from llama4_jax.weights.parity.sides import CHOSEN, STAGES, Stages, Tensors
+from llama4_jax.weights.parity.tensors import how_they_differ
+from llama4_jax.weights.table import rows
 
 _DROP = 5  # a change explains a difference if it makes it this many times smaller, and no more than the tolerance
 
@@ -103,7 +107,10 @@ class Rounding:
 
 
 def rounding(
-    ours: Callable[[str], np.ndarray], step: Callable[[str], np.ndarray | None], theirs: Tensors
+    config: ModelConfig,
+    ours: Callable[[str], np.ndarray],
+    step: Callable[[str], np.ndarray | None],
+    theirs: Tensors,
 ) -> Rounding | None:
     """The weights of a layer beside the reference's; None if none is quantized.
 
@@ -114,7 +121,7 @@ def rounding(
     for name, right in theirs.items():  # one after another, since a layer may be all that fits
         mine, steps = ours(name), step(name)
         if steps is None:
-            others += _unequal_weights({name: mine}, {name: right}, _CAST)
+            others += _unequal_weights(config, {name: mine}, {name: right}, _CAST)
         else:
             off[name] = float(np.max(np.abs(mine - right) / steps))
     if not off:
@@ -130,16 +137,22 @@ def diagnose(
     theirs: tuple[ModelConfig, Stages, Tensors],
     same: Bool[np.ndarray, "B T"],
     tolerance: float,
+    known: Mapping[str, str],
 ) -> Cause:
     """The cause of a difference in layer i, given its input and each side's config, stages and parameters.
 
     - same: False where the two chose other experts by a tie, which is no fault
+    - known: how tensors of the two directories differ, in words, as far as they were compared
     """
     stage, position = _first_difference(ours[1], theirs[1], same, tolerance)
-    unequal = _unequal_weights(ours[2], theirs[2], tolerance)
+    unequal = _unequal_weights(ours[0], ours[2], theirs[2], tolerance, known)
     if unequal:
         return Cause(stage, position, _of_weights(unequal), {})
     of_attention = STAGES.index(stage) <= STAGES.index("attention output")
+    missing = [name for name in ("attention output", "feed-forward output") if name not in theirs[1]]
+    if missing:
+        text = "unknown: with attention and feed_forward of this layer in the recording, a cause may be named."
+        return Cause(stage, position, text, {})
     if not of_attention and not ours[0].layers[i].moe:
         return Cause(stage, position, "unknown: the dense feed-forward differs, though its weights are the same.", {})
     make, formula, output = (
@@ -158,14 +171,17 @@ def diagnose(
     return Cause(stage, position, *_words(stated, found, computes[0]))
 
 
-def diagnose_head(ours: Tensors, theirs: Tensors, position: int, tolerance: float) -> Cause:
+def diagnose_head(
+    config: ModelConfig, ours: Tensors, theirs: Tensors, position: int, tolerance: float, known: Mapping[str, str]
+) -> Cause:
     """The cause of a difference in the final norm and output head, given both sides' parameters."""
-    unequal = _unequal_weights(ours, theirs, tolerance)
+    unequal = _unequal_weights(config, ours, theirs, tolerance, known)
     return Cause("logits", position, _of_weights(unequal) if unequal else "unknown: the weights are the same.", {})
 
 
 def _of_weights(unequal: list[str]) -> str:
-    return f"the weights differ: {', '.join(unequal)}."
+    more = f"; and {len(unequal) - 6} more" if len(unequal) > 6 else ""
+    return f"the weights differ: {'; '.join(unequal[:6])}{more}."
 
 
 def _first_difference(ours: Stages, theirs: Stages, same: Bool[np.ndarray, "B T"], tolerance: float) -> tuple[str, int]:
@@ -273,14 +289,24 @@ def _say(name: str, value: Any) -> str:
     raise AssertionError(name)
 
 
-def _unequal_weights(ours: Tensors, theirs: Tensors, tolerance: float) -> list[str]:
-    found = []
+def _unequal_weights(
+    config: ModelConfig,
+    ours: Tensors,
+    theirs: Tensors,
+    tolerance: float,
+    known: Mapping[str, str] = types.MappingProxyType({}),
+) -> list[str]:
+    """Each tensor that differs by more than the tolerance, and how."""
+    found, table = [], {row.ours: row for row in rows(config)}
     for name, right in theirs.items():
         mine = ours[name]
         difference = np.abs(mine - right).max() / (np.abs(right).max() or 1.0)
-        if difference > tolerance:
-            swapped = "gate_up" in name and np.array_equal(np.flip(mine, 1), right)
-            found.append(f"{name} ({'gate and up are swapped' if swapped else f'by {difference:.0e} of its largest'})")
+        if not difference <= tolerance:
+            how = known.get(name)
+            if how is None:
+                axes, contracted = axes_of(table, name, right.ndim)
+                how = how_they_differ(mine, right, axes, contracted=contracted).text
+            found.append(f"{name} ({how}; by {difference:.0e} of its largest)")
     return found
 
 

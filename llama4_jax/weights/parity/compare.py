@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -11,18 +11,19 @@ from jaxtyping import Bool, Float, Int
 
 from llama4_jax.model.config import LayerSpec
 from llama4_jax.weights.parity.causes import Cause, diagnose, diagnose_head, rounding
+from llama4_jax.weights.parity.diff import Comparison, check_sizes, diff
 from llama4_jax.weights.parity.gradients import backwards
 from llama4_jax.weights.parity.options import (
     ParityOptions,
     boundaries,
     check,
-    check_sizes,
     make_tokens,
     row_length,
     tolerance_of,
 )
 from llama4_jax.weights.parity.ours import OurLayer, Ours
 from llama4_jax.weights.parity.plot import plot
+from llama4_jax.weights.parity.recorded import Recorded
 from llama4_jax.weights.parity.report import (
     BFLOAT16_TOLERANCE,
     Difference,
@@ -61,12 +62,25 @@ def run(options: ParityOptions, *, say: Callable[[str], None] = lambda line: Non
         weights, against = against, weights
     if options.grads and is_quantized(against):
         raise ValueError(f"--grads has nothing to compare with: {against.path} is quantized, for inference alone.")
-    length = row_length(options, weights.config)
-    tokens, source = make_tokens(options, weights.config, length)
+    recorded = None
+    if options.against_activations is not None:
+        recorded = Recorded(options.against_activations, weights)
+        tokens, source = recorded.tokens, f"of {options.against_activations}"
+    else:
+        tokens, source = make_tokens(options, weights.config, row_length(options, weights.config))
     ours = Ours(against, options.dtype)
+    comparison = None
+    if weights is not against and not is_quantized(against):
+        say("the weights")
+        comparison = diff(against, weights)
     # Elsewhere than on a CPU, products of float32 are made of less unless told otherwise.
-    with jax.default_matmul_precision("highest"), _open_reference(options, weights, length) as reference:
-        report = _compare(reference, ours, tokens, source, tolerance_of(options, ours.schemes.values()), options, say)
+    with (
+        jax.default_matmul_precision("highest"),
+        _open_reference(options, weights, tokens.shape[1], recorded) as reference,
+    ):
+        report = _compare(
+            reference, ours, tokens, source, tolerance_of(options, ours.schemes.values()), options, comparison, say
+        )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False), encoding="utf-8")
@@ -81,7 +95,10 @@ def is_quantized(weights: Weights) -> bool:
 
 
 @contextlib.contextmanager
-def _open_reference(options: ParityOptions, weights: Weights, length: int) -> Iterator[Side]:
+def _open_reference(options: ParityOptions, weights: Weights, length: int, recorded: Recorded | None) -> Iterator[Side]:
+    if recorded is not None:
+        yield recorded
+        return
     kind = options.reference
     if kind == "auto":
         kind = {"hf": "transformers", "meta": "meta", "run": "ours"}[weights.format]
@@ -126,6 +143,7 @@ def _compare(
     source: str,
     tolerance: float,
     options: ParityOptions,
+    comparison: Comparison | None,
     say: Callable[[str], None],
 ) -> Report:
     batch, length = tokens.shape
@@ -137,18 +155,23 @@ def _compare(
     if ours.quantized and not (isinstance(reference, Ours) and reference.weights is ours.weights):
         own = Ours(ours.weights, "float32", dequantize=True)
     kept_tolerance = tolerance if own is None else max(tolerance, BFLOAT16_TOLERANCE)
-    divergence = None if embedding.within(kept_tolerance) else Divergence("the embedding", None, None)
+    divergence = None
+    known = {} if comparison is None else {d.name: d.cause.text for d in comparison.different}
+    if not embedding.within(kept_tolerance):
+        how = known.get("embed.embedding")
+        text = f"the weights differ: embed.embedding ({how})." if how else "unknown: the weights are the same."
+        divergence = Divergence("the embedding", None, Cause("embedding", embedding.first_position or 0, text, {}))
     inputs, ties, layers = [], [], []
     for i in range(reference.config.num_layers):
         inputs += [(theirs, mine)] if options.grads else []
         layer, divergence, same, (theirs, mine) = _layer(
-            i, reference, ours, own, theirs, mine, tolerance=tolerance, decoded=decoded, known=divergence
+            i, reference, ours, own, theirs, mine, tolerance=tolerance, decoded=decoded, known=divergence, weights=known
         )
         layers.append(layer)
         on_own = "" if layer.own is None else f", on its own weights {layer.own.max:.1e}"
         say(f"layer {i} of {reference.config.num_layers}: {layer.kind}, alone {layer.alone.max:.1e}{on_own}")
         ties.append(~same)
-    head, logits, cause = _end(reference, ours, theirs, mine, tokens, tolerance)
+    head, logits, cause = _end(reference, ours, theirs, mine, tokens, tolerance, known)
     if divergence is None and not head.within(kept_tolerance):
         divergence = Divergence("the final norm and output head", None, cause)
     report = Report(
@@ -168,6 +191,7 @@ def _compare(
         logits=logits,
         gradients={},
         divergence=divergence,
+        weights=comparison,
     )
     if options.grads:
         say("the gradients")
@@ -186,9 +210,13 @@ def _layer(
     tolerance: float,
     decoded: int,
     known: Divergence | None,
+    weights: Mapping[str, str],
 ) -> tuple[LayerReport, Divergence | None, Bool[np.ndarray, "B T"], tuple[np.ndarray, np.ndarray]]:
     """Layer i of both sides, given what came out of the one before: how they compare; the first difference, which is
-    this one if none is `known` before; where there is no tie; and both outputs."""
+    this one if none is `known` before; where there is no tie; and both outputs.
+
+    - weights: how tensors differ, in words
+    """
     their_layer, our_layer = reference.layer(i), ours.layer(i)
     right = their_layer.run(theirs)
     alone = our_layer.run(theirs)
@@ -213,7 +241,7 @@ def _layer(
         judge_same, _, _ = _routing(alone, judge_stages, tolerance)
         judged = report.own = _stage_difference(alone, judge_stages, judge_same, tolerance)
         if not (isinstance(reference, Ours) and reference.quantized):
-            report.rounding = rounding(ours.tensor, ours.step, their_layer.tensors())
+            report.rounding = rounding(ours.config, ours.tensor, ours.step, their_layer.tensors())
     if known is None and not judged.within(tolerance):
         cause = diagnose(
             i,
@@ -222,6 +250,7 @@ def _layer(
             (judge.config, judge_stages, judge_layer.tensors()),
             judge_same,
             tolerance,
+            weights,
         )
         known = Divergence(f"layer {i} ({report.kind})", i, cause)
     elif known is None and report.rounding is not None and not report.rounding.sound:
@@ -248,6 +277,8 @@ def _stage_difference(mine: Stages, theirs: Stages, same: Bool[np.ndarray, "B T"
     adds little to it, would not show."""
     found = []
     for name in _COMPARED:
+        if name not in theirs:  # that was not recorded
+            continue
         a = mine[name] if name == "attention output" else np.where(same[..., None], mine[name], theirs[name])
         found.append(_difference(a, theirs[name], tolerance))
     beyond = [d.first_position for d in found if d.first_position is not None]
@@ -292,6 +323,7 @@ def _end(
     mine: Float[np.ndarray, "B T D"],
     tokens: Int[np.ndarray, "B T"],
     tolerance: float,
+    weights: Mapping[str, str],
 ) -> tuple[Difference, Logits, Cause | None]:
     """The final norm and output head alone; the logits at the end of both ways; why the former differ, if they do.
 
@@ -339,7 +371,9 @@ def _end(
     alone = difference("alone", tolerance)
     if alone.within(tolerance):
         return alone, logits, None
-    return alone, logits, diagnose_head(our_head.tensors(), their_head.tensors(), alone.first_position or 0, tolerance)
+    sides = our_head.tensors(), their_head.tensors()
+    config = our_head.side.config
+    return alone, logits, diagnose_head(config, *sides, alone.first_position or 0, tolerance, weights)
 
 
 def _log_softmax(logits: Float[np.ndarray, "B T V"]) -> Float[np.ndarray, "B T V"]:

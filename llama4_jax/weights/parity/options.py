@@ -14,7 +14,6 @@ from llama4_jax.model.config import ModelConfig
 from llama4_jax.ops.quantization import Scheme
 from llama4_jax.weights.parity.plot import require_matplotlib
 from llama4_jax.weights.parity.report import BFLOAT16_TOLERANCE, Boundaries
-from llama4_jax.weights.source import Weights
 
 # Of a part alone, by the number format of ours. Measured in the worst of seven tiny models: 9e-7 and 1.7e-2.
 TOLERANCE = {"float32": 1e-5, "bfloat16": BFLOAT16_TOLERANCE}
@@ -36,6 +35,8 @@ class ParityOptions:
     path: Positional[Path]
     # What ours computes, if not the same directory.
     against: Path | None = None
+    # A file of what passed through another program's model, to stand for the reference: see docs/parity.md.
+    against_activations: Path | None = None
     # The code that runs `path`. auto: transformers for a Hugging Face directory, Meta's llama-models for a Meta
     # directory, ours in float32 for one of ours.
     reference: Literal["auto", "transformers", "meta", "ours"] = "auto"
@@ -80,24 +81,16 @@ def check(options: ParityOptions) -> None:
         raise ValueError(f"--decode must be 0 or more, got {options.decode}.")
     if options.tolerance is not None and not options.tolerance > 0:
         raise ValueError(f"--tolerance must be positive, got {options.tolerance}.")
+    if options.against_activations is not None:
+        fixed = ("against", "reference", "tokens", "batch", "seed", "text", "grads")
+        given = [name for name in fixed if getattr(options, name) != ParityOptions.__dataclass_fields__[name].default]
+        if given:
+            raise ValueError(
+                f"--against-activations has its own reference and tokens: leave out "
+                f"{', '.join(f'--{name}' for name in given)}."
+            )
     if options.plot is not None:
         require_matplotlib()
-
-
-_SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "expert_mlp_dim",
-          "num_experts")  # fmt: skip
-
-
-def check_sizes(weights: Weights, against: Weights) -> None:
-    a, b = weights.config, against.config
-    sizes = [(name, getattr(a, name), getattr(b, name)) for name in _SIZES]
-    lines = [f"{name}: {one} != {other}" for name, one, other in sizes if one != other]
-    if not lines and [spec.moe for spec in a.layers] != [spec.moe for spec in b.layers]:
-        lines = ["the layers with experts are not the same"]
-    if lines:
-        raise ValueError(
-            f"{weights.path} and {against.path} differ in their sizes and cannot be compared: {'; '.join(lines)}."
-        )
 
 
 def row_length(options: ParityOptions, config: ModelConfig) -> int:

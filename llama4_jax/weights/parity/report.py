@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama4_jax.weights.parity.causes import Cause, Rounding
+from llama4_jax.weights.parity.diff import Comparison
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Report:
 
     - tolerance: of each part alone; what is carried through the model may differ by `carried_tolerance`, gradients by
       `gradient_tolerance`
+    - weights: how the tensors of two directories differ; None of one, and of quantized ones
     - decoded: positions that were also decoded one by one
     - quantized: how the candidate's weights are, in words, if the reference's are not or otherwise. What comes of other
       weights is then reported and not judged: only what the code does with them, and whether they are the
@@ -173,6 +175,7 @@ class Report:
     logits: Logits
     gradients: dict[str, Gradients]
     divergence: Divergence | None
+    weights: Comparison | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -209,8 +212,9 @@ class Report:
         return not self.failures
 
     def text(self) -> str:
-        parts = (self._head(), self._table(), self._end(), self._by_position(), self._verdict())
-        return "\n\n".join("\n".join(lines) for lines in parts)
+        weights = [] if self.weights is None else self.weights.lines()
+        parts = (self._head(), self._table(), self._end(), self._by_position(), weights, self._verdict())
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def _head(self) -> list[str]:
         batch, length = self.shape
