@@ -23,18 +23,28 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-SHARES = {"ceilings": 0.4, "right": 1.8, "train": 2.6, "decode": 2.2, "peers": 1.0}  # of eight minutes
+SHARES = {"ceilings": 0.4, "right": 1.6, "train": 2.4, "decode": 2.0, "peers": 1.6}  # of eight minutes
 # What a part imports beside what jax, flax and numpy bring along.
 NEEDS = {"peers": ("torch", "transformers", "safetensors", "msgspec")}
+# Memory is taken as it is needed, since some parts hold torch beside JAX; and a second run finds its programs compiled.
+DEFAULTS = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(tempfile.gettempdir(), "llama4_jax_gpu_programs"),
+}
 EVERY_PART_NEEDS = ("jax", "flax", "optax", "einops", "jaxtyping", "etils", "numpy", "ml_dtypes")
 
 
@@ -54,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for index, part in enumerate(options.only):
         left = 60 * options.minutes - (time.monotonic() - started)
         limit = left * SHARES[part] / sum(SHARES[name] for name in options.only[index:])
-        command = [sys.executable, str(HERE / "gpu.py"), "--part", part, *(["--tiny"] if options.tiny else [])]
+        command = [sys.executable, str(HERE / "gpu.py"), "--part", part, "--cases", options.cases,
+                   *(["--tiny"] if options.tiny else [])]  # fmt: skip
         print(f"gpu.py: {part}, {limit:.0f} s at most …", file=sys.stderr, flush=True)
         result["parts"].append(run_part(part, command, limit, result["parts"]))
         print(table(result["parts"][-1:]), flush=True)
@@ -69,11 +80,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(SHARES), help=f"parts, of {', '.join(SHARES)}")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there, after every part")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="only those in whose name this is found")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on whatever platform: does it run at all?")
     parser.add_argument("--record", action="store_true", help="write the numbers that `right` compares with: on a CPU")
     parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)  # a part's own process
     parser.add_argument("--limit", type=float, default=600.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    try:
+        re.compile(options.cases)
+    except re.error as error:
+        parser.error(f"--cases {options.cases!r} is no regular expression: {error}.")
     asked = [name.strip() for name in options.only.split(",") if name.strip()]
     if unknown := [name for name in asked if name not in SHARES]:
         parser.error(f"--only has {', '.join(unknown)}: expected some of {', '.join(SHARES)}.")
@@ -103,9 +119,7 @@ def run_part(part: str, command: Sequence[str], limit: float, before: Sequence[d
     """
     start = time.monotonic()
     given = {p["part"]: {r["case"]: r["figures"] for r in p["records"] if r.get("figures")} for p in before}
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
-                   "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"), "HF_HUB_OFFLINE": "1",
-                   "GPU_PARTS_GIVEN": json.dumps(given)}  # fmt: skip
+    environment = {**DEFAULTS, **os.environ, "GPU_PARTS_GIVEN": json.dumps(given)}
     found: dict[str, Any] = {"part": part, "status": "", "seconds": 0.0, "records": []}
     process = subprocess.Popen([*command, "--limit", f"{limit:.1f}"], stdout=subprocess.PIPE, text=True,
                                env=environment, start_new_session=True)  # fmt: skip
@@ -194,7 +208,7 @@ def work(options: argparse.Namespace) -> int:
     if options.record:
         module.record()
         return 0
-    out = Out(send, deadline, json.loads(os.environ.get("GPU_PARTS_GIVEN", "{}")))
+    out = Out(send, deadline, json.loads(os.environ.get("GPU_PARTS_GIVEN", "{}")), options.cases)
     run_inside(module.run, out, options.tiny)
     return 0
 

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
 from gpu_parts.fill import filled
 from gpu_parts.report import Case, Out, timed
-from jax import lax
 
 
 def run(out: Out, tiny: bool) -> None:
@@ -26,13 +27,13 @@ def run(out: Out, tiny: bool) -> None:
             timing = timed(lambda: program(a, b))
             return {"TFLOP/s": 2 * side**3 / timing.median / 1e12, **timing.figures()}
 
-        return lambda: jax.jit(multiply).lower(shapes[dtype], shapes[dtype]), measure
+        return lambda: jax.jit(multiply).trace(shapes[dtype], shapes[dtype]), measure
 
     array = jax.ShapeDtypeStruct((numbers,), jnp.bfloat16)
     out.cases(
         [
-            Case("copy", lambda: jax.jit(lambda x: -x).lower(array), lambda program: bandwidth(program, 2)),
-            Case("read", lambda: jax.jit(jnp.max).lower(array), lambda program: bandwidth(program, 1)),
+            Case("copy", lambda: jax.jit(lambda x: -x).trace(array), lambda program: bandwidth(program, 2)),
+            Case("read", lambda: jax.jit(jnp.max).trace(array), lambda program: bandwidth(program, 1)),
             Case(f"product bfloat16 {side}³", *product("bfloat16")),
             Case(f"product fp8 {side}³", *product("float8_e4m3fn")),
             Case(f"product float32 as tf32 {side}³", *product("float32", lax.Precision.DEFAULT)),

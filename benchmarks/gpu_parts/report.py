@@ -8,6 +8,7 @@ idle but for what is timed.
 import concurrent.futures
 import gc
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,29 +20,42 @@ Figures = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """- lower: gives a `jax.stages.Lowered`, from shapes alone
+    """- trace: gives a `jax.stages.Traced`, from shapes alone
     - measure: takes the compiled program, gives figures"""
 
     name: str
-    lower: Callable[[], Any]
+    trace: Callable[[], Any]
     measure: Callable[[Any], Figures]
 
 
 class Out:
     """- send: takes a record, a dict of JSON
     - deadline: of the part, in the time of `time.monotonic`; no case begins after it
-    - given: figures of earlier parts, by part and case"""
+    - given: figures of earlier parts, by part and case
+    - pattern: cases in whose name it is not found are left out, and not compiled"""
 
-    def __init__(self, send: Callable[[dict], None], deadline: float, given: dict[str, dict[str, Figures]]):
-        self._send, self.deadline, self.given = send, deadline, given
+    def __init__(
+        self,
+        send: Callable[[dict], None],
+        deadline: float,
+        given: dict[str, dict[str, Figures]] | None = None,
+        pattern: str = "",
+    ):
+        self._send, self.deadline, self.given, self._pattern = send, deadline, given or {}, re.compile(pattern)
+        self.measured: dict[str, Figures] = {}  # by case
 
     @property
     def left(self) -> float:
         """Seconds."""
         return self.deadline - time.monotonic()
 
+    def wanted(self, name: str) -> bool:
+        return self._pattern.search(name) is not None
+
     def case(self, name: str, measure: Callable[[], Figures], **more) -> bool:
         """Whether it gave figures. `ok` among them, if there, says whether they are right."""
+        if not self.wanted(name):
+            return False
         record: dict[str, Any] = {"case": name, **more}
         start = time.monotonic()
         try:
@@ -54,10 +68,13 @@ class Out:
         record["seconds"] = round(time.monotonic() - start, 3)
         gc.collect()  # what a failed case held
         self._send(record)
-        return bool(record.get("figures"))
+        if record.get("figures"):
+            self.measured[name] = record["figures"]
+        return name in self.measured
 
     def cases(self, cases: Sequence[Case]) -> None:
         """In waves: those of a wave are compiled side by side, then timed one after another."""
+        cases = [case for case in cases if self.wanted(case.name)]
         at_once = max(1, (os.cpu_count() or 1) // 2)
         for first in range(0, len(cases), at_once):
             wave = cases[first : first + at_once]
@@ -71,14 +88,14 @@ class Out:
                     return case.measure(program)
 
                 self.case(case.name, measure, **({} if seconds is None else {"compile_seconds": round(seconds, 2)}))
-            del compiled, program
+            del compiled
 
     def _compiled(self, case: Case) -> tuple[Any, float | None]:
         if self.left <= 0:
             return None, None  # `case` skips it
         start = time.monotonic()
         try:
-            program = case.lower().compile()
+            program = case.trace().lower().compile()
         except Exception as error:
             program = error
         return program, time.monotonic() - start

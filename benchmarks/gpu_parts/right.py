@@ -5,18 +5,22 @@ alone: 1e-5 for float32 (tf32 would give 3e-4), 6e-3 for bfloat16, whose results
 or twice on the way. The numbers of a CPU stand in `right.npz` beside this file, made by `gpu.py --record`.
 """
 
+import dataclasses
 import functools
+import importlib.util
 import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from gpu_parts import oracles
-from gpu_parts.report import Figures, Out
 from jax import lax
 
+from gpu_parts import oracles
+from gpu_parts.report import Figures, Out
 from llama4_jax.config import RunConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
@@ -40,6 +44,11 @@ from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import OptimizerConfig, make_optimizer
 from llama4_jax.train.step import first_state, make_trainer, split_model
 
+# JAX's switch for its own Triton kernels of `lax.ragged_dot`, which its wheels have had without the kernels.
+switch = None
+if importlib.util.find_spec("jax._src.lax.pallas_lowerings"):
+    from jax._src.config import jax_ragged_dot_use_gpu_pallas_triton_lowering as switch
+
 RECORDED = pathlib.Path(__file__).with_name("right.npz")
 BOUND = {"float32": 1e-5, "bfloat16": 6e-3}
 
@@ -60,6 +69,10 @@ def run(out: Out, tiny: bool) -> None:
 def judged(bound: float, **errors: float) -> Figures:
     """`ok` if all errors are below the bound; NaN is not."""
     return {"ok": all(error <= bound for error in errors.values()), **errors, "bound": bound}
+
+
+def errors(names: Sequence[str], got: Sequence, wanted: Sequence[np.ndarray]) -> dict[str, float]:
+    return {name: oracles.error(mine, theirs) for name, mine, theirs in zip(names, got, wanted, strict=True)}
 
 
 def drawn(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -107,9 +120,7 @@ def attention_cases(out: Out, tiny: bool) -> None:
 
         wanted = oracles.attention(*(oracles.rounded(x, dtype) for x in arrays),
                                    oracles.seen(positions, segments, chunk), dim**-0.5)  # fmt: skip
-        found = {what: oracles.error(mine, theirs)
-                 for what, mine, theirs in zip(("out", "dq", "dk", "dv"), both(q, k, v, g), wanted, strict=True)}  # fmt: skip
-        return judged(BOUND[dtype], **found)
+        return judged(BOUND[dtype], **errors(("out", "dq", "dk", "dv"), both(q, k, v, g), wanted))
 
     for what, (positions, segments, chunk) in inputs.items():
         for dtype in BOUND:
@@ -157,19 +168,27 @@ def grouped_products(platform: str) -> dict:
     names = ["blocks", "reference", *(["mosaic_gpu"] if platform == "gpu" else [])]
     found = {name: functools.partial(grouped_matmul, implementation=name) for name in names}
     found["ragged_dot"] = ragged_dot
-    if platform == "gpu" and hasattr(jax.config, "jax_ragged_dot_use_gpu_pallas_triton_lowering"):
+    if platform == "gpu" and switch is not None:
         found["ragged_dot by Triton"] = ragged_dot
     return found
 
 
-def lower(name: str, function, *arguments):
-    """Lowered for the grouped product of this name: JAX's switch is read when a program is lowered."""
-    if "Triton" not in name:
-        return jax.jit(function).lower(*arguments)
-    from jax._src.config import jax_ragged_dot_use_gpu_pallas_triton_lowering as switch
+class Switched(NamedTuple):
+    """A traced program that is lowered with JAX's Triton kernels for `lax.ragged_dot`: the switch is read then."""
 
+    traced: Any
+
+    def lower(self, **how):
+        with switch(True):
+            return self.traced.lower(**how)
+
+
+def traced(name: str, function, *arguments):
+    """For the grouped product of this name."""
+    if "Triton" not in name:
+        return jax.jit(function).trace(*arguments)
     with switch(True):
-        return jax.jit(function).lower(*arguments)
+        return Switched(jax.jit(function).trace(*arguments))
 
 
 def grouped_cases(out: Out, tiny: bool) -> None:
@@ -184,9 +203,9 @@ def grouped_cases(out: Out, tiny: bool) -> None:
             return y, *pull(g)
 
         operands = [jnp.asarray(x, dtype) for x in arrays]
-        got = lower(name, both, *operands).compile()(*operands)
+        got = traced(name, both, *operands).lower().compile()(*operands)
         wanted = oracles.grouped(*(oracles.rounded(x, dtype) for x in arrays), sizes)
-        return judged(BOUND[dtype], **{what: oracles.error(a, b) for what, a, b in zip(("y", "dx", "dw"), got, wanted, strict=True)})  # fmt: skip
+        return judged(BOUND[dtype], **errors(("y", "dx", "dw"), got, wanted))
 
     for name, product in grouped_products(jax.default_backend()).items():
         for dtype in ("bfloat16",) if name == "mosaic_gpu" else BOUND:
@@ -232,9 +251,8 @@ def expert_cases(out: Out, tiny: bool) -> None:
 
     def routed(matmul: str, dtype: str, bound: float) -> Figures:
         weights = ExpertWeights(jnp.asarray(gate_up, dtype), jnp.asarray(down, dtype))
-        got = jax.jit(functools.partial(experts, matmul=matmul))(
-            jnp.asarray(tokens, dtype), jnp.asarray(expert, jnp.int32)[None, :, None], jnp.asarray(gate)[None, :, None], weights
-        )  # fmt: skip
+        choice, gates = jnp.asarray(expert, jnp.int32)[None, :, None], jnp.asarray(gate)[None, :, None]
+        got = jax.jit(functools.partial(experts, matmul=matmul))(jnp.asarray(tokens, dtype), choice, gates, weights)
         exact = [oracles.rounded(a, dtype) for a in (tokens[0], gate_up, down)]
         wanted = oracles.swiglu_experts(exact[0], expert, gate.astype(np.float64), *exact[1:])
         return judged(bound, out=oracles.error(got[0], wanted))
@@ -363,8 +381,10 @@ ROWS, LENGTH, STEPS, NEW = 2, 160, 20, 24  # longer than a chunk of 128
 
 def model_numbers() -> dict[str, np.ndarray]:
     """Logits, gradients, losses of a training run, and tokens, all of them float32."""
+    # One layer with chunks and RoPE and one with neither: all there is of different layers.
+    model_config = dataclasses.replace(preset("tiny"), num_layers=2, nope_interval=2)
     config = RunConfig(
-        name="tiny", model=preset("tiny"), data=DataConfig(seq_len=LENGTH, batch_size=ROWS), steps=STEPS,
+        name="tiny", model=model_config, data=DataConfig(seq_len=LENGTH, batch_size=ROWS), steps=STEPS,
         optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=2), scan_layers=False,
     )  # fmt: skip
     model = Llama4(config.model, scan_layers=False, seed=7)
@@ -380,15 +400,16 @@ def model_numbers() -> dict[str, np.ndarray]:
     graphdef, params, bias = split_model(model)
 
     @jax.jit
-    def forward(params, tokens):
-        return nnx.merge(graphdef, params, bias)(tokens, positions=position, segment_ids=segments)
+    def forward_and_backward(params):
+        def mean_loss(params):
+            model = nnx.merge(graphdef, params, bias)
+            found = next_token(model, batch, None)
+            return found.total / found.weight, model(batch.tokens, positions=position, segment_ids=segments)
 
-    def mean_loss(params):
-        found = next_token(nnx.merge(graphdef, params, bias), batch, None)
-        return found.total / found.weight
+        return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
-    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
-    found = {"logits": np.asarray(forward(params, batch.tokens))[:, ::16], "loss": np.asarray(loss)}
+    (loss, logits), grads = forward_and_backward(params)
+    found = {"logits": np.asarray(logits)[:, ::16], "loss": np.asarray(loss)}
     # Of each gradient its size, and its sum with signs that differ from place to place.
     for path, leaf in nnx.to_flat_state(grads):
         value = np.asarray(leaf.get_value(), np.float64)
@@ -435,7 +456,7 @@ def model_cases(out: Out) -> None:
         return {"ok": bool(same.all()), "same tokens": f"{int(same.sum())} of {same.size}"}
 
     if out.case("the tiny model, all numbers", compute):
-        out.case("its logits", lambda: judged(1e-4, error=oracles.error(got["logits"], wanted["logits"].astype(np.float64))))  # fmt: skip
+        out.case("its logits", lambda: judged(1e-4, error=oracles.error(got["logits"], wanted["logits"] * 1.0)))
         out.case("its gradients", gradients)
         out.case(f"{STEPS} training steps", steps)
         for name in ("greedy", "sampled"):
