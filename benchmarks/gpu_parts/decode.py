@@ -71,6 +71,7 @@ def slice_of(name: str, weights: str, tiny: bool) -> ModelConfig:
     return dataclasses.replace(preset(name), **changes)
 
 
+@functools.cache
 def shapes_of(model: ModelConfig, weights: str) -> tuple[nnx.GraphDef, nnx.State]:
     config = RunConfig(name="gpu", model=model, data=DataConfig(seq_len=64, batch_size=1), steps=1, scan_layers=False,
                        precision=PRECISION)  # fmt: skip
@@ -107,20 +108,19 @@ def work_of(model: ModelConfig, weights: str, rows: int, held: int, step: str) -
 
 def decode_case(out: Out, name: str, weights: str, rows: int, held: int, tiny: bool) -> Case:
     model = slice_of(name, weights, tiny)
-    graphdef, shapes = shapes_of(model, weights)
     calls = generate.TOKENS_PER_CALL
-    cache_shapes = cache_of(graphdef, shapes, rows, held)
     how, numbers = make_sampling(), jax.ShapeDtypeStruct((rows,), jnp.int32)
     stops, scalar = jax.ShapeDtypeStruct((0,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
 
     def trace():
+        graphdef, shapes = shapes_of(model, weights)
         stopped = jax.ShapeDtypeStruct((rows,), jnp.bool_)
-        carried = cache_shapes, numbers, stopped, scalar, scalar
+        carried = cache_of(graphdef, shapes, rows, held), numbers, stopped, scalar, scalar
         return generate._decode.trace(graphdef, shapes, *carried, how, scalar, stops)
 
     def measure(program) -> Figures:
         state = weights_of(model, weights)
-        cache = [held_cache(cache_shapes, held - calls)]
+        cache = [held_cache(cache_of(*shapes_of(model, weights), rows, held), held - calls)]
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, rows), jnp.int32)
         stopped, lengths = jnp.zeros((rows,), bool), cache[0].lengths + 0
         nothing, one = jnp.zeros((0,), jnp.int32), jnp.int32(1)
@@ -160,18 +160,18 @@ def token_figures(
 def prefill_case(out: Out, weights: str, tiny: bool) -> Case:
     """A prompt of 8192 tokens, read a piece at a time as `generate` does; the last piece is as long as the first."""
     model = slice_of("scout", weights, tiny)
-    graphdef, shapes = shapes_of(model, weights)
     prompt, piece = (96, 32) if tiny else (8192, PIECE)
-    cache_shapes = cache_of(graphdef, shapes, 1, prompt)
     how, scalar = make_sampling(), jax.ShapeDtypeStruct((), jnp.int32)
 
     def trace():
+        graphdef, shapes = shapes_of(model, weights)
+        cache_shapes = cache_of(graphdef, shapes, 1, prompt)
         tokens, counts = jax.ShapeDtypeStruct((1, piece), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
         return generate._prefill.trace(graphdef, shapes, cache_shapes, tokens, counts, None, how, scalar)
 
     def measure(program) -> Figures:
         state = weights_of(model, weights)
-        cache = [held_cache(cache_shapes, 0)]
+        cache = [held_cache(cache_of(*shapes_of(model, weights), 1, prompt), 0)]
         draw = np.random.default_rng(0).integers(0, model.vocab_size, (prompt // piece, 1, piece))
         pieces = [jnp.asarray(tokens, jnp.int32) for tokens in draw]
         counts, one = jnp.full((1,), piece, jnp.int32), jnp.int32(1)

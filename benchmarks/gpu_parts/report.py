@@ -78,27 +78,34 @@ class Out:
         at_once = max(1, (os.cpu_count() or 1) // 2)
         for first in range(0, len(cases), at_once):
             wave = cases[first : first + at_once]
-            with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-                compiled = list(pool.map(self._compiled, wave))
-            for case, (program, seconds) in zip(wave, compiled, strict=True):
+            with concurrent.futures.ThreadPoolExecutor(at_once) as pool:  # each begins when it is traced
+                compiling = [pool.submit(self._compiled, *self._lowered(case)) for case in wave]
+            for case, program in zip(wave, compiling, strict=True):
 
                 def measure(case=case, program=program):
-                    if isinstance(program, Exception):
-                        raise program
-                    return case.measure(program)
+                    return case.measure(program.result()[0])
 
-                self.case(case.name, measure, **({} if seconds is None else {"compile_seconds": round(seconds, 2)}))
-            del compiled
+                seconds = {} if program.exception() else program.result()[1]
+                self.case(case.name, measure, **seconds)
+            del compiling, program, measure
 
-    def _compiled(self, case: Case) -> tuple[Any, float | None]:
-        if self.left <= 0:
-            return None, None  # `case` skips it
+    def _lowered(self, case: Case) -> tuple[Any, Exception | None, float]:
         start = time.monotonic()
+        if self.left <= 0:
+            return None, None, start  # `case` skips it
         try:
-            program = case.trace().lower().compile()
+            return case.trace().lower(), None, start
         except Exception as error:
-            program = error
-        return program, time.monotonic() - start
+            return None, error, start
+
+    def _compiled(self, lowered: Any, error: Exception | None, start: float) -> tuple[Any, dict[str, float]]:
+        """And the seconds of tracing, lowering and compiling, a program beside others."""
+        if error is not None:
+            raise error
+        if lowered is None or self.left <= 0:
+            return None, {}
+        program = lowered.compile()
+        return program, {"compile_seconds": round(time.monotonic() - start, 2)}
 
 
 class Timing(NamedTuple):

@@ -41,7 +41,7 @@ from llama4_jax.ops.experts import ExpertWeights, experts
 from llama4_jax.sharding import MeshConfig, make_mesh
 from llama4_jax.sharding.chips import of_kind, topology
 from llama4_jax.train.next_token import next_token
-from llama4_jax.train.step import make_model, make_trainer, split_model
+from llama4_jax.train.step import Trainer, make_model, make_trainer, split_model
 
 MATMULS = ("default", "fp8", "fp8_row")
 SHAPES = ((1, 8192), (4, 2048))
@@ -210,6 +210,21 @@ def step_figures(out: Out, timing, program, config: RunConfig) -> Figures:
     }
 
 
+@functools.cache
+def shapes_of(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Structure, parameters and biases, which Scout has none of."""
+    return split_model(nnx.eval_shape(lambda: make_model(config, 0)))
+
+
+@functools.cache
+def trainer_of(config: RunConfig) -> Trainer:
+    return make_trainer(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), next_token)
+
+
+def batch_shapes(config: RunConfig) -> Batch:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(config))
+
+
 def gradient_cases(out: Out, tiny: bool) -> list[Case]:
     cases = []
     for shape in SHAPES:
@@ -217,26 +232,28 @@ def gradient_cases(out: Out, tiny: bool) -> list[Case]:
         for matmul in MATMULS:
             precision = Precision(params="bfloat16", compute="bfloat16", matmul=matmul)
             config = run_config(slice_of_scout(tiny), shape, precision)
-            graphdef, shapes, bias = split_model(nnx.eval_shape(lambda config=config: make_model(config, 0)))
 
-            def gradients(params, batch, graphdef=graphdef, bias=bias):
+            def gradients(params, batch, config=config):
+                graphdef, _, bias = shapes_of(config)
+
                 def mean_loss(params):
                     found = next_token(nnx.merge(graphdef, params, bias), batch, None)
                     return found.total / found.weight
 
                 return jax.value_and_grad(mean_loss)(params)
 
-            def measure(program, config=config, shapes=shapes, matmul=matmul, shape=shape):
-                params, batch = filled_state(shapes), jax.device_put(random_batch(config))
+            def trace(config=config, gradients=gradients):
+                return jax.jit(gradients).trace(shapes_of(config)[1], batch_shapes(config))
+
+            def measure(program, config=config):
+                params, batch = filled_state(shapes_of(config)[1]), jax.device_put(random_batch(config))
                 timing = timed(lambda: program(params, batch)[0], seconds=2.0)
                 figures = step_figures(out, timing, program, config)
                 loss = float(program(params, batch)[0])
                 figures |= {"loss": loss, "ok": bool(np.isfinite(loss))}
                 return figures | shares(lambda: program(params, batch)[0])
 
-            batch = jax.eval_shape(lambda config=config: jax.tree.map(jnp.asarray, random_batch(config)))
-            cases.append(Case(f"gradients {rows_of(shape, tiny)} {matmul}",
-                              functools.partial(jax.jit(gradients).trace, shapes, batch), measure))  # fmt: skip
+            cases.append(Case(f"gradients {rows_of(shape, tiny)} {matmul}", trace, measure))
     return cases
 
 
@@ -247,9 +264,13 @@ def step_cases(out: Out, tiny: bool) -> list[Case]:
         for matmul in MATMULS:
             precision = Precision(params="float32", compute="bfloat16", matmul=matmul)
             config = run_config(slice_of_scout(tiny, num_experts=3, vocab_size=16_384), shape, precision)
-            trainer = make_trainer(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), next_token)
 
-            def measure(program, config=config, trainer=trainer):
+            def trace(config=config):
+                trainer = trainer_of(config)
+                return trainer.step.trace(trainer.abstract, batch_shapes(config), None)
+
+            def measure(program, config=config):
+                trainer = trainer_of(config)
                 state = trainer.abstract
                 first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (state.step, state.bias, state.optimizer))
                 params = filled_state(state.params)
@@ -270,8 +291,6 @@ def step_cases(out: Out, tiny: bool) -> list[Case]:
                 figures = step_figures(out, timing, program, config) | planned(config)
                 return figures | {"loss": loss, "ok": bool(np.isfinite(loss)) and not skipped} | shares(step)
 
-            batch = jax.eval_shape(lambda config=config: jax.tree.map(jnp.asarray, random_batch(config)))
-            trace = functools.partial(trainer.step.trace, trainer.abstract, batch, None)
             cases.append(Case(f"whole step {rows_of(shape, tiny)} {matmul}", trace, measure))
     return cases
 
