@@ -24,7 +24,6 @@ from llama4_jax.model.flops import (
 )
 from llama4_jax.ops.exchange import ROOM
 from llama4_jax.ops.quantization import Scheme, num_groups
-from llama4_jax.plan_options import StepKind
 from llama4_jax.sharding import MeshConfig
 from llama4_jax.sharding.chips import Chip, Topology
 from llama4_jax.sharding.plan import Plan, Sent
@@ -39,7 +38,7 @@ class Work:
     row, the last PIECE of them or the last one."""
 
     config: RunConfig
-    step: StepKind
+    step: Literal["train", "prefill", "decode"]
     rows: int
     context: int
     weights: Scheme | None = None  # of the decoder's matrices, in serving; None: all parameters are alike

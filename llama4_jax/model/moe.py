@@ -107,7 +107,7 @@ def router_stats(
     weight = kept.astype(jnp.float32) / jnp.maximum(jnp.sum(kept), 1)
     return RouterStats(
         counts=jnp.sum(expert[..., None] == jnp.arange(logits.shape[-1]), axis=(0, 1, 2), dtype=jnp.float32),
-        probabilities=jnp.einsum("bt,bte->e", weight, jax.nn.softmax(logits, axis=-1)),
+        probabilities=jnp.einsum("bt,bte->e", weight, jax.nn.softmax(logits, axis=-1), precision="highest"),
         z=jnp.sum(weight * jnp.square(jax.nn.logsumexp(logits, axis=-1))),
         gate=jnp.sum(weight * jnp.mean(gate, axis=-1)),
     )

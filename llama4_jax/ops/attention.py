@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.ops.attention_reference import HIDDEN, attention_reference, visible
 from llama4_jax.ops.cudnn_attention import cudnn_attention
 from llama4_jax.ops.cudnn_attention import obstacle as cudnn_obstacle
+from llama4_jax.ops.dot_general import exact
 from llama4_jax.ops.flash_attention import flash_attention, flash_partial
 from llama4_jax.ops.order import ANY_ORDER, Order
 from llama4_jax.ops.partial_attention import PartialAttention, normalize
@@ -53,14 +54,16 @@ def decode_partial(
         q_segments = None if q_segments is None else jnp.concatenate([q_segments, q_segments], axis=1)
     seen = visible(q_positions, k_positions, q_segments, k_segments, chunk)[:, None, None]
     rows = rearrange(q, "b (k g) t h -> b k (g t) h", k=k.shape[1])
-    scores = jnp.einsum("bkmh,bksh->bkms", rows, k, preferred_element_type=jnp.float32) * scale
+    scores = (
+        jnp.einsum("bkmh,bksh->bkms", rows, k, precision=exact(rows, k), preferred_element_type=jnp.float32) * scale
+    )
     scores = scores if k_scale is None else scores * k_scale[:, :, None]
     scores = jnp.where(seen, rearrange(scores, "b k (g t) s -> b k g t s", t=q.shape[2]), HIDDEN)
     peak = jax.lax.stop_gradient(scores.max(-1))
     p = jnp.exp(scores - peak[..., None]) * seen
     shares = rearrange(p, "b k g t s -> b k (g t) s")
     shares = (shares if v_scale is None else shares * v_scale[:, :, None]).astype(v.dtype)
-    out = jnp.einsum("bkms,bksh->bkmh", shares, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkms,bksh->bkmh", shares, v, precision=exact(shares, v), preferred_element_type=jnp.float32)
     peak, total = (rearrange(x, "b k g t -> b (k g) t")[:, :, :num_queries] for x in (peak, p.sum(-1)))
     return PartialAttention(peak, total, rearrange(out, "b k (g t) h -> b (k g) t h", t=q.shape[2])[:, :, :num_queries])
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_jax.ops.dot_general import exact
 from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.plain import gathered_for_use, own_gradient
 from llama4_jax.sharding import activation_spec, axes_of, gathered, own_part, parameter_spec, platform
@@ -69,7 +70,9 @@ def _filled(head: Float[Array, "D V"]) -> Float[Array, "D W"]:
 
 def _logits(hidden: Float[Array, "... D"], head: Float[Array, "D W"], words: int) -> Float[Array, "... W"]:
     """Those after the `words` are of no word, and no token has them."""
-    logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "...d,dv->...v", hidden, head, precision=exact(hidden, head), preferred_element_type=jnp.float32
+    )
     return logits if words == head.shape[1] else jnp.where(jnp.arange(head.shape[1]) < words, logits, -jnp.inf)
 
 
@@ -196,12 +199,13 @@ def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype)
             chosen = index[..., None] == jnp.arange(cast_head.shape[1])  # columns of no word are left out in the end
             d_logits = numerator * (weights[..., None] / denominator) - jnp.where(chosen, weights[..., None], 0)
             d_logits = d_logits.astype(compute_dtype)
-            d_hidden = jnp.einsum("btv,dv->btd", d_logits, cast_head, preferred_element_type=jnp.float32)
+            sums = {"precision": exact(d_logits, cast_head), "preferred_element_type": jnp.float32}
+            d_hidden = jnp.einsum("btv,dv->btd", d_logits, cast_head, **sums)
             d_hidden = lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
             h, d_logits = (x.reshape(-1, x.shape[-1]) for x in (h, d_logits))
             # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
             h = lax.optimization_barrier(h.T)
-            d_head += jnp.einsum("dn,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
+            d_head += jnp.einsum("dn,nv->dv", h, d_logits, **sums)
             return d_head, (nll, d_hidden.astype(hidden.dtype))
 
         parts = _num_pieces(pieces, *targets.shape)

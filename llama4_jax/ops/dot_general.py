@@ -6,7 +6,7 @@ Every linear layer multiplies through a `dot_general` chosen by name (`make_dot_
 The default multiplies in the dtype of its operands and adds up in float32: the forward product and both products of
 the gradient. `lax.dot_general` does so by request, but not in its gradient, where it multiplies a float32 cotangent
 by a float32 copy of the weights; and a bfloat16 result leaves the dtype of the sums to the compiler. Hence an own
-VJP. For float32 operands there is nothing to decide and `lax.dot_general` is used as it is.
+VJP. For float32 operands `lax.dot_general` does as is wanted, once it is told that they are meant (`exact`).
 """
 
 from collections.abc import Callable
@@ -27,6 +27,14 @@ from llama4_jax.sharding import for_use
 PRODUCT = "product"
 
 
+def exact(*operands: Array) -> lax.Precision | None:
+    """The `precision` of a product of these: float32 is multiplied as float32. Unasked, a GPU's tensor cores would take
+    10 bits of each mantissa (tf32), and a TPU bfloat16. Where `jax.default_matmul_precision` says something, that
+    holds; and other dtypes have but one way."""
+    said = jax.config.jax_default_matmul_precision is not None
+    return None if said or any(x.dtype != jnp.float32 for x in operands) else lax.Precision.HIGHEST
+
+
 def dot_general(
     lhs: Float[Array, "..."],
     rhs: Float[Array, "..."],
@@ -42,6 +50,7 @@ def dot_general(
     """
     out_dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     if lhs.dtype == rhs.dtype == jnp.float32:
+        precision = exact(lhs, rhs) if precision is None else precision
         return lax.dot_general(lhs, rhs, dimension_numbers, precision, out_dtype, out_sharding=out_sharding)
     return _dot_general(lhs, rhs, Dims.of(lhs, rhs, dimension_numbers), precision, out_dtype, out_sharding)
 

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.attention_reference import first_visible
+from llama4_jax.ops.dot_general import exact
 from llama4_jax.ops.partial_attention import PartialAttention
 from llama4_jax.ops.plain import own_gradient
 from llama4_jax.ops.quantization import Quantized
@@ -121,7 +122,7 @@ def plan_blocks(queries: Queries, keys: Keys, block_q: int, block_k: int) -> Blo
 
 
 def _dot(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, a, b, precision=exact(a, b), preferred_element_type=jnp.float32)
 
 
 # Below, i counts blocks of queries, t and s are tokens in a block, and m = (g t): the query heads of a group are rows

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from llama4_jax.ops import grouped_kernels
+from llama4_jax.ops.dot_general import exact
 from llama4_jax.ops.plain import is_plain, own_gradient
 from llama4_jax.ops.row_blocks import Block, as_bits, fold_groups, from_bits, part_of, write_rows
 from llama4_jax.sharding import platform
@@ -83,7 +84,8 @@ def _reference(x, w, group_sizes, dtype) -> Float[Array, "R *P O"]:
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[:, None]
     chosen = (row >= ends - group_sizes) & (row < ends)
-    every = jnp.einsum("RI,E...IO->RE...O", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    w = w.astype(x.dtype)
+    every = jnp.einsum("RI,E...IO->RE...O", x, w, precision=exact(x, w), preferred_element_type=jnp.float32)
     chosen = chosen.reshape(*chosen.shape, *[1] * (every.ndim - 2))
     return jnp.sum(jnp.where(chosen, every, 0), axis=1).astype(dtype)
 
@@ -186,7 +188,7 @@ PRODUCTS: dict[str, Products] = {
 def _float32_sum(a: Float[Array, "m n"], b: Float[Array, "p q"], contract: tuple[int, int]) -> Float[Array, "_ _"]:
     """Sums over dimension contract[0] of a and contract[1] of b, in float32."""
     numbers = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, numbers, precision=exact(a, b), preferred_element_type=jnp.float32)
 
 
 def _matrices(w: Float[Array, "E *P I O"], group: Int[Array, ""]) -> list[Float[Array, "I O"]]:
