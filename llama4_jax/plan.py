@@ -39,11 +39,21 @@ from llama4_jax.model.cache import cache_axes
 from llama4_jax.model.config import Precision
 from llama4_jax.model.presets import PRESETS, preset
 from llama4_jax.model.quantized import quantized
+from llama4_jax.ops.attention import HELD_SCOPE, block_of_slots
 from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
 from llama4_jax.ops.row_blocks import heights_for
 from llama4_jax.ops.splash_attention import BLOCK_K
 from llama4_jax.plan_options import PlanOptions
-from llama4_jax.sharding import SERVING, MeshConfig, activation_spec, make_mesh, parameter_sharding, use_rules
+from llama4_jax.sharding import (
+    SERVING,
+    MeshConfig,
+    activation_spec,
+    axes_of,
+    make_mesh,
+    parameter_sharding,
+    use_rules,
+    ways,
+)
 from llama4_jax.sharding.chips import Topology, topology
 from llama4_jax.sharding.hlo import Array
 from llama4_jax.sharding.plan import Plan, device_bytes, make_plan, topology_devices
@@ -176,7 +186,7 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         model_flops=work.model_flops / mesh.devices.size,
         model_traffic=work.model_traffic / mesh.devices.size,
         kernel_flops=functools.partial(kernel_flops, routed_rows=_routed_rows(work, mesh)),
-        turns=functools.partial(_turns, expert_turns=_expert_turns(work, mesh)),
+        turns=functools.partial(_turns, expert_turns=_expert_turns(work, mesh), held_turns=_held_turns(work, mesh)),
         takes_cheapest=_is_of_experts,
         steps=generate.TOKENS_PER_CALL if work.step == "decode" else 1,
         tokens=float(work.rows * work.tokens),
@@ -220,11 +230,23 @@ def _expert_turns(work: Work, mesh: jax.sharding.Mesh) -> float | None:
     return chosen / len(heights_for(max(2, seen * model.top_k), here))
 
 
-def _turns(op_name: str, *, expert_turns: float | None) -> float | None:
-    """Decoding multiplies by one expert after another (`grouped_matmul`'s "blocks"), in the only loops that it runs
-    within `shard_map`; and a call of it loops over tokens."""
+def _held_turns(work: Work, mesh: jax.sharding.Mesh) -> float:
+    """How often decoding's loop over a device's slots runs, where it has one: rows that hold their whole context fill
+    all blocks."""
+    model = work.config.model
+    with jax.set_mesh(mesh), use_rules(SERVING):
+        shape = (work.rows, model.num_kv_heads, work.context, model.head_dim)
+        slots = work.context // ways(axes_of(activation_spec(shape, *cache_axes(None))[2]))
+        return float(-(-slots // (block_of_slots(slots) or slots)))
+
+
+def _turns(op_name: str, *, expert_turns: float | None, held_turns: float) -> float | None:
+    """Decoding multiplies by one expert after another (`grouped_matmul`'s "blocks"), and reads a long cache block by
+    block, in the only loops that it runs within `shard_map`; and a call of it loops over tokens."""
     if op_name.endswith("(_decode)/while"):
         return float(generate.TOKENS_PER_CALL)
+    if op_name.endswith(f"{HELD_SCOPE}/while"):
+        return held_turns
     return expert_turns if op_name.endswith("shard_map/while") else None
 
 

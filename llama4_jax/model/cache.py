@@ -21,7 +21,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from llama4_jax.model.config import ModelConfig
-from llama4_jax.ops.attention import attention, partial_attention
+from llama4_jax.ops.attention import (
+    DECODE_QUERIES,
+    Held,
+    attention,
+    block_of_slots,
+    decode_held,
+    partial_attention,
+)
 from llama4_jax.ops.cache_write import write_slots
 from llama4_jax.ops.on_mesh import on_mesh
 from llama4_jax.ops.partial_attention import combine, normalize
@@ -101,10 +108,14 @@ def cached_attention(
     def local(q, k, v, cache, step):
         first = lax.axis_index(axes) * cache.k.shape[2] if axes else 0
         cache, seen = extend(cache, k, v, step, chunk, first)
-        at = {"q_positions": step.positions, "k_positions": seen.positions, "chunk": chunk, "scale": scale}
-        if not axes and cache.k_scale is None:
-            return attention(q, seen.k, seen.v, **at), cache
-        part = partial_attention(q, seen.k, seen.v, **at)
+        at = {"q_positions": step.positions, "chunk": chunk, "scale": scale}
+        few = seen.held is not None and q.shape[2] <= DECODE_QUERIES
+        if few and (block := block_of_slots(cache.k.shape[2])) is not None:
+            part = decode_held(q, seen.k, seen.v, held=seen.held, block=block, **at)
+        elif axes or cache.k_scale is not None:
+            part = partial_attention(q, seen.k, seen.v, k_positions=seen.positions, **at)
+        else:
+            return attention(q, seen.k, seen.v, k_positions=seen.positions, **at), cache
         return normalize(combine(part, axes) if axes else part, q.dtype), cache
 
     rows = Step(PartitionSpec(slots[0]), PartitionSpec(slots[0]), PartitionSpec(slots[0], None))
@@ -118,11 +129,12 @@ class Visible(NamedTuple):
     k: Float[Array, "B K S H"] | Quantized
     v: Float[Array, "B K S H"] | Quantized
     positions: Int[Array, "B S"]
+    held: Held | None  # the same, where the keys are a cache's slots and no others
 
 
-def _visible(entries: LayerCache, positions: Int[Array, "B S"]) -> Visible:
+def _visible(entries: LayerCache, positions: Int[Array, "B S"], held: Held | None = None) -> Visible:
     k, v, k_scale, v_scale = entries
-    return Visible(*((k, v) if k_scale is None else (Quantized(k, k_scale), Quantized(v, v_scale))), positions)
+    return Visible(*((k, v) if k_scale is None else (Quantized(k, k_scale), Quantized(v, v_scale))), positions, held)
 
 
 def extend(
@@ -140,17 +152,18 @@ def extend(
     starts.
     """
     new = _entries(k, v, cache)
+    end = jnp.where(step.counts > 0, step.lengths + step.counts, 0)  # a row without new tokens has nothing to read
     if chunk is None:
         cache = _scatter(cache, new, step.positions - first, step.valid)
-        return cache, _visible(cache, _slot_positions(cache, step, chunk, first))
+        return cache, _all_slots(cache, _held(end, chunk, first))
     if k.shape[2] == 1:
         cache = _scatter(cache, new, step.positions % chunk, step.valid)
-        return cache, _visible(cache, _slot_positions(cache, step, chunk))
+        return cache, _all_slots(cache, _held(end, chunk))
     # Several tokens may leave the chunk that the cache holds, so they see the old slots and each other.
-    before = step._replace(counts=jnp.zeros_like(step.counts))
+    before = _all_slots(cache, _held(step.lengths, chunk))
     seen = _visible(
         jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=2), cache, new),
-        jnp.concatenate([_slot_positions(cache, before, chunk), jnp.where(step.valid, step.positions, -1)], axis=1),
+        jnp.concatenate([before.positions, jnp.where(step.valid, step.positions, -1)], axis=1),
     )
     return _keep_last_chunk(cache, new, step, chunk), seen
 
@@ -163,13 +176,14 @@ def _entries(k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], cache: Laye
     return LayerCache(k, v, k_scale[..., 0], v_scale[..., 0])
 
 
-def _slot_positions(cache: LayerCache, step: Step, chunk: int | None, first=0) -> Int[Array, "B S"]:
-    """The position that each slot holds after the step, or -1."""
-    end = (step.lengths + step.counts)[:, None]
-    slots = jnp.arange(cache.k.shape[2], dtype=jnp.int32)[None]
-    start = first if chunk is None else jnp.maximum(end - 1, 0) // chunk * chunk
-    positions = start + slots
-    return jnp.where(positions < end, positions, -1)
+def _held(end: Int[Array, " B"], chunk: int | None, first: int | Int[Array, ""] = 0) -> Held:
+    """What the slots hold of rows of this length, the first of them that of position `first` in a global layer."""
+    start = jnp.full_like(end, first) if chunk is None else jnp.maximum(end - 1, 0) // chunk * chunk
+    return Held(start, jnp.maximum(end - start, 0))
+
+
+def _all_slots(cache: LayerCache, held: Held) -> Visible:
+    return _visible(cache, held.positions(jnp.arange(cache.k.shape[2], dtype=jnp.int32)), held)
 
 
 def _scatter(cache: LayerCache, new: LayerCache, slots: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> LayerCache:

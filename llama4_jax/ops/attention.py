@@ -7,10 +7,12 @@ where it can. All of this is of one device; `mesh_attention.py` has what is spli
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.attention_reference import HIDDEN, attention_reference, visible
@@ -19,7 +21,7 @@ from llama4_jax.ops.cudnn_attention import obstacle as cudnn_obstacle
 from llama4_jax.ops.dot_general import exact
 from llama4_jax.ops.flash_attention import flash_attention, flash_partial
 from llama4_jax.ops.order import ANY_ORDER, Order
-from llama4_jax.ops.partial_attention import PartialAttention, normalize
+from llama4_jax.ops.partial_attention import PartialAttention, merge, normalize, nothing_seen
 from llama4_jax.ops.plain import is_plain
 from llama4_jax.ops.quantization import Quantized
 from llama4_jax.ops.splash_attention import obstacle as splash_obstacle
@@ -27,6 +29,18 @@ from llama4_jax.ops.splash_attention import splash_attention
 from llama4_jax.sharding import platform
 
 DECODE_QUERIES = 8  # at most: their scores are small beside the keys
+# A cache of at least `from_slots` is read in blocks, and only those that hold something. On a CPU the loop pays early;
+# elsewhere each turn starts several kernels, so that blocks are larger.
+
+
+class _InBlocks(NamedTuple):
+    from_slots: int
+    block: int
+
+
+_IN_BLOCKS = {"cpu": _InBlocks(4096, 512)}
+_IN_BLOCKS_ELSEWHERE = _InBlocks(16_384, 4096)
+HELD_SCOPE = "held_blocks"  # the loop's name in a compiled program
 
 
 def decode_partial(
@@ -71,6 +85,57 @@ def decode_partial(
 def decode_attention(q, k, v, **keywords) -> Float[Array, "B N T H"]:
     """In one pass over the keys: for few queries."""
     return normalize(decode_partial(q, k, v, **keywords), q.dtype)
+
+
+class Held(NamedTuple):
+    """What a cache holds, where each row fills its slots from the first on: slot i < count[b] holds the key of position
+    first[b] + i, and the others nothing. The count may exceed the slots: a part of a cache is then full."""
+
+    first: Int[Array, " B"]
+    count: Int[Array, " B"]
+
+    def positions(self, slots: Int[Array, " S"]) -> Int[Array, "B S"]:
+        """Those of the keys in these slots; -1 for an empty one."""
+        return jnp.where(slots < self.count[:, None], self.first[:, None] + slots, -1)
+
+
+def block_of_slots(slots: int) -> int | None:
+    """How many slots decoding reads at a time from a cache of so many; None: all of them at once."""
+    from_slots, block = _IN_BLOCKS.get(platform(), _IN_BLOCKS_ELSEWHERE)
+    return min(block, slots) if slots >= from_slots else None
+
+
+def decode_held(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"] | Quantized,
+    v: Float[Array, "B K S H"] | Quantized,
+    *,
+    held: Held,
+    q_positions: Int[Array, "B T"],
+    chunk: int | None,
+    scale: float,
+    block: int,
+) -> PartialAttention:
+    """`decode_partial` in blocks of slots, up to the last that any row fills: a step costs what the longest row holds,
+    not what the cache has room for.
+
+    What a row gets is the same, bit for bit, however long the others are: borders of blocks stand still, and a block in
+    which a row sees nothing adds exact zeros.
+    """
+    slots = (k.values if isinstance(k, Quantized) else k).shape[2]
+
+    def one(i: Int[Array, ""], so_far: PartialAttention) -> PartialAttention:
+        # The last block begins where it still fits, and leaves out what the one before it had.
+        start = jnp.minimum(i * block, slots - block)
+        part_k, part_v = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block, axis=2), (k, v))
+        at = start + jnp.arange(block, dtype=jnp.int32)
+        positions = jnp.where(at >= i * block, held.positions(at), -1)
+        how = {"q_positions": q_positions, "k_positions": positions, "chunk": chunk, "scale": scale}
+        return merge(so_far, decode_partial(q, part_k, part_v, **how))
+
+    with jax.named_scope(HELD_SCOPE):
+        blocks = -(-jnp.minimum(jnp.max(held.count), slots) // block)
+        return lax.fori_loop(0, blocks, one, nothing_seen(q))
 
 
 def partial_attention(

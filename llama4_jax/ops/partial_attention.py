@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from llama4_jax.ops.attention_reference import HIDDEN
+
 
 class PartialAttention(NamedTuple):
     """float32. Of a query that saw no key yet, `total` and `out` are 0 and `peak` is very low, but finite."""
@@ -24,6 +26,20 @@ def combine(part: PartialAttention, axes: tuple[str, ...]) -> PartialAttention:
     peak = lax.pmax(part.peak, axes)
     share = jnp.exp(part.peak - peak)
     total, out = lax.psum((part.total * share, part.out * share[..., None]), axes)
+    return PartialAttention(peak, total, out)
+
+
+def nothing_seen(q: Float[Array, "B N T H"]) -> PartialAttention:
+    """Of queries before their first key."""
+    return PartialAttention(jnp.full(q.shape[:3], HIDDEN), jnp.zeros(q.shape[:3]), jnp.zeros(q.shape, jnp.float32))
+
+
+def merge(one: PartialAttention, other: PartialAttention) -> PartialAttention:
+    """Of the same queries to the keys of both."""
+    peak = jnp.maximum(one.peak, other.peak)
+    shares = tuple(jnp.exp(part.peak - peak) for part in (one, other))
+    total = sum(part.total * share for part, share in zip((one, other), shares, strict=True))
+    out = sum(part.out * share[..., None] for part, share in zip((one, other), shares, strict=True))
     return PartialAttention(peak, total, out)
 
 

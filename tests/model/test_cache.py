@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama4_jax.model import cache as cache_module
 from llama4_jax.model.cache import LayerCache, empty_cache, extend, make_step
 from llama4_jax.model.config import ModelConfig
 from llama4_jax.model.llama4 import Llama4
@@ -75,7 +76,11 @@ def test_any_division_into_steps_gives_what_one_pass_gives(scan_layers):
     assert cache.lengths.tolist() == [SLOTS, SLOTS]
 
 
-def test_rows_of_unequal_length_each_give_what_they_give_alone():
+@pytest.mark.parametrize("block", [None, 3])
+def test_rows_of_unequal_length_each_give_what_they_give_alone(block, monkeypatch):
+    """Also where decoding reads each cache in blocks, as it does long ones."""
+    monkeypatch.setattr(cache_module, "block_of_slots", lambda slots: block and min(block, slots))
+    step = jax.jit(lambda model, tokens, cache, counts: model.step(tokens, cache, counts))
     model = Llama4(CONFIG, scan_layers=False)
     tokens = jax.random.randint(jax.random.key(1), (3, 14), 0, 50)
     counts = jnp.array([14, 3, 8], jnp.int32)

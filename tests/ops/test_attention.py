@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from llama4_jax.ops import attention as attention_module
 from llama4_jax.ops import flash_attention as flash_module
-from llama4_jax.ops.attention import IMPLEMENTATIONS, OBSTACLES, attention
+from llama4_jax.ops.attention import IMPLEMENTATIONS, OBSTACLES, Held, attention, decode_held, decode_partial
 from llama4_jax.ops.attention_reference import first_visible, visible
 from llama4_jax.ops.flash_attention import Keys, Queries, flash_attention, plan_blocks
+from llama4_jax.ops.partial_attention import normalize
+from llama4_jax.ops.quantization import Quantized
 from llama4_jax.sharding import MeshConfig, activation_sharding, make_mesh
 
 ALL = sorted(IMPLEMENTATIONS.keys() - OBSTACLES.keys())  # the others have tests of their own
@@ -430,6 +432,41 @@ def test_flash_saves_inputs_output_and_one_float_a_query_and_head():
     _, vjp = jax.vjp(f, q, k, v)
     floats = [x for x in jax.tree.leaves(vjp) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating)]
     assert sum(x.size for x in floats) == q.size + k.size + v.size + q.size + q.shape[1] * length
+
+
+@pytest.mark.parametrize("chunk", [None, 40])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_reading_a_cache_in_blocks_is_reading_all_of_it(chunk, quantized):
+    slots, block = 70, 16  # the last block is not a whole one
+    q, k, v = map(jnp.asarray, tensors(4, 4, 2, 2, slots, 8))
+    if quantized:
+        k, v = (Quantized(jnp.round(x * 40).astype(jnp.int8), jnp.abs(x[..., 0])) for x in (k, v))
+    for counts in ([70, 16, 17, 0], [1, 3, 0, 2], [90, 70, 5, 69]):  # of a part of a cache, more than its slots
+        held = Held(jnp.array([0, 80, 80, 120]), jnp.array(counts))
+        at = {"q_positions": (held.first + held.count - 1)[:, None] + jnp.arange(-1, 1), "chunk": chunk, "scale": 0.3}
+        whole = decode_partial(q, k, v, k_positions=held.positions(jnp.arange(slots)), **at)
+        parts = decode_held(q, k, v, held=held, block=block, **at)
+        assert relative(normalize(parts, jnp.float32), normalize(whole, jnp.float32)) < 1e-6
+        assert bool((parts.out[np.array(counts) == 0] == 0).all())
+
+
+def test_what_a_row_gets_from_blocks_does_not_depend_on_how_long_others_are():
+    q, k, v = map(jnp.asarray, tensors(3, 2, 2, 1, 64, 8))
+
+    def row(*lengths):
+        held = Held(jnp.zeros(3, jnp.int32), jnp.array(lengths))
+        at = {"q_positions": held.count[:, None] - 1, "chunk": None, "scale": 0.3, "block": 16}
+        return normalize(decode_held(q, k, v, held=held, **at), jnp.float32)[1]
+
+    assert np.array_equal(row(0, 10, 0), row(64, 10, 33)) and np.array_equal(row(1, 10, 2), row(0, 10, 17))
+
+
+def test_blocks_that_hold_nothing_are_not_read():
+    q, k, v = map(jnp.asarray, tensors(1, 2, 2, 1, 64, 8))
+    k, v = k.at[:, :, 16:].set(jnp.nan), v.at[:, :, 16:].set(jnp.nan)
+    held = Held(jnp.zeros(1, jnp.int32), jnp.array([16]))
+    at = {"q_positions": jnp.array([[15]]), "chunk": None, "scale": 0.3, "block": 16}
+    assert bool(jnp.isfinite(normalize(decode_held(q, k, v, held=held, **at), jnp.float32)).all())
 
 
 @pytest.mark.parametrize("groups", [1, 4])
