@@ -2,7 +2,7 @@
 
     llama4 train    tiny                                        # as train.py: a config, and its fields as flags
     llama4 generate runs/tiny  --prompt "def "                  # as infer.py; so are chat, batch and score
-    llama4 inspect  path                                        # format, config and where it comes from, every tensor
+    llama4 inspect  path                                        # format, config, every tensor; --verify: damage
     llama4 convert  path/to/hf_or_meta_dir  runs/scout          # → Orbax; --dtype bfloat16, --verify
     llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
     llama4 quantize runs/scout  runs/scout-int4  --weights int4 # or int8, fp8; --group 32
@@ -35,6 +35,7 @@ class Inspect:
 
     path: tyro.conf.Positional[Path]  # of Hugging Face, Meta, or ours
     tensors: bool = False  # list every tensor, not those of equal shape together
+    verify: bool = False  # read every value instead, and say which arrays are damaged: exit code 2 if any is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,13 @@ def _run(command: Inspect | Convert | Export | Quantize | ParityOptions | Diff) 
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant: no jax arrays, nothing to merge
     match command:
         case Inspect():
-            from llama4_jax.weights.inspect import describe
+            from llama4_jax.weights.inspect import describe, verify
 
+            if command.verify:
+                damaged = verify(command.path, say=print)
+                if damaged:
+                    raise ValueError(f"{len(damaged)} damaged:\n  " + "\n  ".join(damaged))
+                return 0
             print(describe(command.path, every_tensor=command.tensors))
         case Convert():
             from llama4_jax.weights.convert import convert

@@ -196,7 +196,7 @@ def _read(kind: Any, value: Any, field: str, where: str) -> Any:
     try:
         return _build(kind, value, field)
     except ValueError as error:
-        raise ValueError(f"{where}: {shortened(str(error), 400)}") from None
+        raise ValueError(f"{where}: {shortened(str(error), 300)}") from None
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -92,6 +92,10 @@ def typed(value: Any, of: Any, *, where: str) -> Any:
         return msgspec.convert(value, of)
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: half of a surrogate pair is no text.") from None
+    except OverflowError:
+        raise ValueError(f"{where}: a number is too large.") from None
     except msgspec.ValidationError as error:
         said, _, place = str(error).partition(" - at `$")
         place = place.removesuffix("`").removeprefix(".")

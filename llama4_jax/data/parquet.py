@@ -8,8 +8,8 @@ large or in a dictionary, lists of every kind, maps, structs. Three things a fil
 are settled here for all:
 
 - Every struct of a column has the same fields, and those that a row had not are null. So a null in a struct is a field
-  that is not there: `{"city": "Oslo", "zone": null}` is `{"city": "Oslo"}`. Nulls in lists and in maps were written, and
-  stay.
+  that is not there: `{"city": "Oslo", "zone": null}` is `{"city": "Oslo"}`. Nulls in lists and in maps were written,
+  and stay.
 - The fields of all structs stand in one order, that of the type.
 - What stood as 1 beside a 2.5 is 1.0, and what was a date in a string may be a timestamp. The first is taken as it is;
   timestamps and other values that JSON does not have are an error where JSON is meant, as in the arguments of a call.

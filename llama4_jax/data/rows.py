@@ -10,7 +10,8 @@ root or through a symbolic link, is an error: data may be anybody's, and should 
 that are kept elsewhere go into Parquet as bytes, or the rows into a folder above both.
 
 A picture stands in a message, or in "images", of which each place without a picture of its own takes the next. In rows
-of pictures `<|image|>` marks their places; without it they come first. This is the one place where such text is more than text: the row's author decides where the pictures are.
+of pictures `<|image|>` marks their places; without it they come first. This is the one place where such text is more
+than text: the row's author decides where the pictures are.
 """
 
 import dataclasses

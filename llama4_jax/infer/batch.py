@@ -121,7 +121,8 @@ def check_files(
     """What `answer_file` can check without a model. Returns the lines that are answered → whether by an error.
 
     Raises FileNotFoundError without a source, a directory for the destination or one of pictures; ValueError for
-    settings out of range, and if the destination is no file, or holds what answers other requests, or the same under other settings.
+    settings out of range, and if the destination is no file, or holds what answers other requests, or the same under
+    other settings.
     """
     check_whole("batch_size", batch_size, 1, MOST_ROWS)
     defaults = {**_DEFAULTS, **defaults}

@@ -5,8 +5,8 @@ An alternative to `ChatFormat`, for checkpoints whose template is not Meta's for
 
 A template is somebody's program, and may loop for ever or fill the memory. It is rendered in a process of its own
 (`template_process`), which imports Jinja alone, starts in a fraction of a second, is kept for the next rendering, and
-has `SECONDS`, bounded memory, and a text of at most `_MOST_TIMES` what was given to write. Past a limit it is ended, and
-that is one ValueError. What it can reach is bounded by Jinja's sandbox, as in transformers.
+has `SECONDS`, bounded memory, and at most `_MOST_TIMES` what was given to write. Past a limit it is ended, and that is
+one ValueError. What it can reach is bounded by Jinja's sandbox, as in transformers.
 
 No text can pass for structure. transformers tokenizes what was rendered, so that `<|eot|>` in a user's message ends the
 turn. Here the first and last characters of special tokens, `<` and `>`, are other ones in everything that the caller
@@ -120,8 +120,8 @@ class ChatTemplate:
         - messages, tools, pictures, generation_prompt: as `ChatFormat.encode` takes them
         - variables: what else the template may use, as in `date_string="1 Jan 2026"`: values that JSON has
 
-        Raises ValueError as `ChatFormat.encode` does, and if the template cannot render them within its limits, or leaves
-        out a picture.
+        Raises ValueError as `ChatFormat.encode` does, and if the template cannot render them within its limits, or
+        leaves out a picture.
         """
         said = read_messages(messages)
         count_pictures(said, pictures)

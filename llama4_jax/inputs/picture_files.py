@@ -2,7 +2,8 @@
 
 Whatever is handed in gives a picture or one ValueError that begins with the name the caller gave it, and never shows
 what a file holds. The content decides what a file is, never its name, and only formats of pixels are tried: nothing is
-given to an interpreter, as EPS would be. What a picture will cost is read from its header and judged before a pixel is decoded.
+given to an interpreter, as EPS would be. What a picture will cost is read from its header and judged before a pixel is
+decoded; whatever a file is, it takes seconds at most, and about 1 GiB of memory.
 
 Both references leave some pictures wrong, and these are put right here: a photo is turned as its EXIF orientation says
 (neither does that), what is transparent becomes white in every mode (in Meta's code, in RGBA alone), and 16-bit greys
@@ -19,12 +20,12 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from llama4_jax.untrusted_json import shortened, shown
@@ -33,8 +34,15 @@ from llama4_jax.untrusted_json import shortened, shown
 MAX_PIXELS = 89_478_485
 # Of all the frames of a clip, or the scans of a JPEG, together: a minute of 720p at 19 frames a second.
 MAX_DECODED_PIXELS = 2**30
-# MAX_PIXELS uncompressed. It bounds the time too: Pillow reads some headers byte by byte.
+# Of one side, and what JPEG has. A narrow picture costs more than its pixels: each row has a pointer and a filter.
+MAX_SIDE = 2**16
+# MAX_PIXELS uncompressed.
 MAX_FILE_BYTES = 2**28
+MAX_TEXT_BYTES = 2**24  # of a PPM whose numbers are written out, which Pillow reads one by one
+# Pillow walks through headers in Python, byte by byte or block by block: so often it may read before it knows what a
+# picture will cost, and until it is decoded. Real headers take hundreds of reads.
+_READS_TO_OPEN, _READS_TO_DECODE = 2**14, 2**21
+_MOST_MARKERS = 2**14  # of a JPEG
 
 # Not AVIF: its header may say 64×64 of a picture that takes 12000×12000 to decode.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -70,6 +78,24 @@ def file_in(folder: epath.PathLike, path: epath.PathLike, *, name: str, hint: st
     return found
 
 
+class _Metered(io.BytesIO):
+    """A file that may be read so often."""
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self.reads_left = _READS_TO_OPEN
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise _TooManyReads("it consists of more pieces than any real picture has")
+        return super().read(size)
+
+
+class _TooManyReads(Exception):
+    pass
+
+
 def open_picture(source: Source, *, name: str) -> Image.Image:
     """The picture as mode RGB, upright; `name` is what errors call it, as in "message 3, image 2".
 
@@ -84,7 +110,7 @@ def open_picture(source: Source, *, name: str) -> Image.Image:
         return _decode(_from_array(source, name), name)
     if isinstance(source, Image.Image):
         return _decode(source, name)
-    return _decode(_identify(_content(source, name), name), name)
+    return _decode(_identify(_content(source, name), name), name, close=True)
 
 
 def open_frames(source: epath.PathLike | bytes, count: int, *, name: str) -> list[Image.Image]:
@@ -133,7 +159,7 @@ def _frames_of_directory(directory: epath.Path, count: int, name: str) -> list[I
         image = _identify(_content(files[index], frame), frame)
         pixels += image.width * image.height
         _check_decoded(pixels, name, f"its first {len(pictures) + 1} frames")
-        pictures.append(_decode(image, frame))
+        pictures.append(_decode(image, frame, close=True))
     return pictures
 
 
@@ -164,7 +190,10 @@ def _content(source: epath.PathLike | bytes, name: str) -> bytes:
         if path.is_dir():
             raise ValueError(f"{name}: {path} is a directory, and should be a picture file")
         _check_bytes(path.stat().length, name)
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)  # it may have grown, or never have had a size
+        _check_bytes(len(content), name)
+        return content
     except OSError as error:
         raise ValueError(f"{name}: {path} cannot be read: {error}") from error
 
@@ -178,24 +207,37 @@ def _check_bytes(size: int, name: str) -> None:
 
 def _identify(content: bytes, name: str) -> Image.Image:
     """The picture, of which only the header is read."""
+    if content[:2] in (b"P1", b"P2", b"P3") and len(content) > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} is a PPM of text of more than {MAX_TEXT_BYTES:,} bytes: write it in its binary form")
+    file = _Metered(content)
     try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        image = Image.open(file, formats=_FORMATS)
     except Image.UnidentifiedImageError as error:
         raise ValueError(
             f"{name} is not a picture that can be read: {', '.join(_FORMATS)} can, whatever the file is called."
         ) from error
     except Exception as error:  # damaged headers raise nearly every type there is, and some errors quote the file
-        raise ValueError(f"{name} cannot be opened as a picture: {type(error).__name__}") from error
+        why = str(error) if isinstance(error, _TooManyReads) else type(error).__name__
+        raise ValueError(f"{name} cannot be opened as a picture: {why}") from error
+    file.reads_left = _READS_TO_DECODE
     _check_size(image, name)
     if image.format in ("JPEG", "MPO"):
-        scans = _jpeg_scans(content)
+        scans = _jpeg_scans(content, name)
         _check_decoded(image.width * image.height * scans, name, f"its {scans} scans")
     return image
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, *, close: bool = False) -> Image.Image:
+    """As RGB, and upright. `close`: the image is not needed afterwards, so that its pixels need not be kept."""
     _check_size(image, name)
-    return _attempt(lambda: _upright(image, _to_rgb(image)), image, name)
+
+    def decode() -> Image.Image:
+        picture, turn = _to_rgb(image), _turn(image)
+        if close:
+            image.close()
+        return picture if turn is None else picture.transpose(turn)
+
+    return _attempt(decode, image, name)
 
 
 def _attempt(what: Callable[[], Any], image: Image.Image, name: str) -> Any:
@@ -215,6 +257,11 @@ def _check_size(image: Image.Image, name: str) -> None:
     pixels = image.width * image.height
     if not pixels:
         raise ValueError(f"{name} has {image.width}×{image.height} pixels, so there is nothing to see")
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(
+            f"{name} has {image.width}×{image.height} pixels, and pictures of at most {MAX_SIDE:,} on a side are "
+            f"decoded: scale it down or cut it"
+        )
     if pixels > MAX_PIXELS:
         raise ValueError(
             f"{name} has {image.width}×{image.height} pixels, and pictures of at most {MAX_PIXELS:,} are decoded, "
@@ -238,10 +285,13 @@ def _check_decoded(pixels: int, name: str, what: str) -> None:
         )
 
 
-def _jpeg_scans(content: bytes) -> int:
+def _jpeg_scans(content: bytes, name: str = "it") -> int:
     """How often a JPEG goes over all its pixels: about 10 times if progressive, but a hostile one 1000 times."""
-    scans, position = 0, 2
+    scans, position, markers = 0, 2, 0
     while marker := _JPEG_MARKER.search(content, position):
+        markers += 1
+        if markers > _MOST_MARKERS:
+            raise ValueError(f"{name} is a JPEG of more than {_MOST_MARKERS:,} pieces, and real ones have fewer")
         kind = content[marker.end() - 1]
         if kind == 0xD9:  # the end
             break
@@ -269,31 +319,38 @@ def _from_array(array: Shaped[np.ndarray, "..."], name: str) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        values = np.asarray(image)
-        grey = _to_bytes(values, 0.0, 65535.0)
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            grey[values == transparent] = 255
-        return Image.fromarray(grey).convert("RGB")
+        return _from_grey(image, 0.0, 65535.0, image.info.get("transparency"))
     if image.mode in ("I", "F"):
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
+        if not all(np.isfinite(strip).all() for _, strip in _strips(image)):
             raise ValueError("some of its values are infinite or no numbers")
-        return Image.fromarray(_to_bytes(values, float(values.min()), float(values.max()))).convert("RGB")
+        return _from_grey(image, *map(float, image.getextrema()))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         return white
     return image.convert("RGB")
 
 
-def _to_bytes(values: Shaped[np.ndarray, "H W"], black: float, white: float) -> UInt8[np.ndarray, "H W"]:
-    """From `black` to `white` in 255 equal steps, to the nearest."""
-    scaled = values.astype(np.float64)
-    scaled -= black
-    scaled *= 255 / ((white - black) or 1.0)
-    return np.rint(scaled, out=scaled).astype(np.uint8)
+def _strips(image: Image.Image) -> Iterator[tuple[int, Shaped[np.ndarray, "h W"]]]:
+    """The picture's values some rows at a time, with the number of the first: a whole array takes far more room."""
+    rows = max(1, 2**20 // image.width)
+    for top in range(0, image.height, rows):
+        yield top, np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+
+
+def _from_grey(image: Image.Image, black: float, white: float, transparent: Any = None) -> Image.Image:
+    """From `black` to `white` in 255 equal steps, to the nearest; white where the value is `transparent`."""
+    grey = np.empty((image.height, image.width), np.uint8)
+    for top, values in _strips(image):
+        scaled = values.astype(np.float64)
+        scaled -= black
+        scaled *= 255 / ((white - black) or 1.0)
+        strip = np.rint(scaled, out=scaled).astype(np.uint8)
+        if isinstance(transparent, int):
+            strip[values == transparent] = 255
+        grey[top : top + len(strip)] = strip
+    return Image.fromarray(grey).convert("RGB")
 
 
 # What makes a picture upright, by its EXIF orientation; 1 is upright.
@@ -308,14 +365,12 @@ _TURNS = {
 }
 
 
-def _upright(image: Image.Image, picture: Image.Image) -> Image.Image:
-    """The RGB picture made of an image, turned as that one's EXIF says.
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the picture made of an image is to be turned, as that one's EXIF says.
 
     Not by ImageOps.exif_transpose, which writes the EXIF data anew, and fails on those of some cameras.
     """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # data that cannot be read say nothing, and the pixels are well
-        orientation = 1
-    turn = _TURNS.get(orientation)
-    return picture if turn is None else picture.transpose(turn)
+        return None

@@ -17,11 +17,11 @@ is all or nothing, and so is any other JSON: what stands inside of it is no call
 like a call and cannot be read stays text, and `problem` says why.
 
 Nothing is evaluated. Values are literals of JSON or Python (both spellings of true, false and null, both quotes), at
-most `MAX_DEPTH` lists and dicts deep. Escapes are Python's, all of them, and mean what they mean there, but for two
-that are JSON's: the halves of one character, each written as \\u and four digits, are joined; and outside of
-pythonic calls a slash may have a backslash. A string with a prefix, as in r'', is not read. The text is read a character at a time and never
-twice, by generators that wait for the next one: so the time is linear, and a stream in any pieces gives what the whole
-text gives.
+most `MAX_DEPTH` lists and dicts deep. Escapes are Python's, all of them, and mean what they mean there, but for two of
+JSON's: the halves of one character, each written as a backslash, u and four digits, are joined; and outside of pythonic
+calls a slash may have a backslash. A string with a prefix, as in r'', is not read. The text is read a character at a
+time and never twice, by generators that wait for the next one: so the time is linear, and a stream in any pieces gives
+what the whole text gives.
 """
 
 import dataclasses

@@ -102,7 +102,7 @@ class Checkpoints:
                     **{
                         MODEL: ocp.args.PyTreeSave(model, dict.fromkeys(model, _SAVE_ARGS)),
                         TRAINING: ocp.args.PyTreeSave(training),
-                        PROGRESS: ocp.args.JsonSave(progress | {_CHECKSUM: _checksum(progress)}),
+                        PROGRESS: ocp.args.JsonSave(with_checksum(progress)),
                     }
                 ),
             ),
@@ -161,7 +161,7 @@ class Checkpoints:
         for step in steps:
             found, reason = None, None
             try:
-                progress = self._read_progress(step)
+                progress = read_progress(self.directory / str(step))
                 model, training = abstract() if abstract else (None, None)
                 wanted = {MODEL: ocp.args.StandardRestore(model)}
                 if training is not None:
@@ -180,14 +180,6 @@ class Checkpoints:
             damaged[step] = reason or "another process cannot read its part"
             self._say(f"checkpoint {self.directory / str(step)} is damaged ({damaged[step]}); trying the one before.")
         return None, damaged, False
-
-    def _read_progress(self, step: int) -> dict[str, Any]:
-        """Raises ValueError if its bytes do not fit their checksum."""
-        progress = dict(self._restore(step, {PROGRESS: ocp.args.JsonRestore()})[PROGRESS])
-        expected = progress.pop(_CHECKSUM, None)  # of old checkpoints there is none
-        if expected is not None and expected != _checksum(progress):
-            raise ValueError("progress: its bytes do not fit their checksum")
-        return progress
 
     def _check_fits(self, step: int, wanted: dict[str, dict | None]) -> None:
         """Raises OtherArrays if the checkpoint is sound but holds other names or shapes than these."""
@@ -225,6 +217,20 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints are renamed")
         self._manager.close()
         self._manager = self._open()
+
+
+def with_checksum(progress: Mapping[str, Any]) -> dict[str, Any]:
+    return {**progress, _CHECKSUM: _checksum(progress)}
+
+
+def read_progress(checkpoint: epath.PathLike) -> dict[str, Any]:
+    """The progress of a checkpoint (`checkpoints/STEP`). Raises ValueError if its bytes do not fit their checksum."""
+    handler = ocp.JsonCheckpointHandler()
+    progress = dict(handler.restore(epath.Path(checkpoint) / PROGRESS, args=ocp.args.JsonRestore()))
+    expected = progress.pop(_CHECKSUM, None)  # of old checkpoints there is none
+    if expected is not None and expected != _checksum(progress):
+        raise ValueError("progress: its bytes do not fit their checksum")
+    return progress
 
 
 def was_replaced(checkpoints: AnyPath, step: int, known: Iterable[int]) -> bool:

@@ -26,11 +26,12 @@ from llama4_jax.inputs.tokenizer import BPE_FILE, BYTES_FILE, load_tokenizer
 from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.untrusted_json import read_json
 from llama4_jax.weights import hf_config, meta_config, table
+from llama4_jax.weights.digests import write_digests
 from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.mapped import FileTensor
-from llama4_jax.weights.meta_files import PARAMS, create_pth
+from llama4_jax.weights.meta_files import PARAMS, create_pth, read_pth
 from llama4_jax.weights.quantized import Parameters
-from llama4_jax.weights.safetensors import INDEX, SINGLE, create_safetensors
+from llama4_jax.weights.safetensors import INDEX, SINGLE, SafetensorsFile, create_safetensors
 from llama4_jax.weights.source import FileWeights, Weights, open_weights, source_format
 from llama4_jax.weights.table import SCALE, Box, Index, Row, Shape, bits, write_boxes
 from llama4_jax.weights.workplace import (
@@ -201,6 +202,7 @@ def export(
     jobs = [Job(name, row.shape, _target(weights, name, dtype)) for name, row in rows.items()]
     tensors = _file_tensors(jobs, rows, format, 1 if format == "hf" else shards or 1)
     identity = {"from": identity_of(run), "format": format, "shards": shards, "dtype": dtype}
+    tensors_of = read_pth if format == "meta" else lambda file: SafetensorsFile(file).tensors
     with Workplace(destination, identity, jobs) as work:
         made = work.path / "made"
         made.mkdir(exist_ok=True)
@@ -229,6 +231,8 @@ def export(
         work.run(prepare, report)
         if format == "meta":
             _repeat_on_every_rank(ranks, rows)
+        written = {tensor.path for rank in ranks for tensor in rank.values()}
+        write_digests(made, {file: tensors_of(file) for file in sorted(written)})
         name = "config.json" if format == "hf" else PARAMS
         write_atomically(made / name, json.dumps(config_json, indent=2) + "\n")
         copy_companions(run, made)

@@ -344,9 +344,7 @@ def _moe_layers(value: _Text, at: str) -> tuple[bool, ...]:
     if value.moe_layers is None:
         step = value.interleave_moe_layer_step  # dense models have 0, and an empty moe_layers
         if step < 1:
-            raise ValueError(
-                f"{at}: interleave_moe_layer_step must be at least 1 without moe_layers, got {shown(step)}."
-            )
+            raise ValueError(f"{at}: interleave_moe_layer_step must be at least 1, got {shown(step)}.")
         return tuple((i + 1) % step == 0 for i in range(num_layers))
     explicit = set(value.moe_layers)
     outside = sorted(layer for layer in explicit if not 0 <= layer < num_layers)

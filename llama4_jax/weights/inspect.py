@@ -3,12 +3,17 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from llama4_jax.atomic import AnyPath, any_path
 from llama4_jax.untrusted_json import shortened
+from llama4_jax.weights.digests import DIGESTS
 from llama4_jax.weights.load import preset_differences
+from llama4_jax.weights.meta_files import read_pth
 from llama4_jax.weights.quantized import Parameters
-from llama4_jax.weights.source import FileWeights, RunWeights, Weights, open_weights
+from llama4_jax.weights.safetensors import SafetensorsFile
+from llama4_jax.weights.source import FileWeights, RunWeights, Weights, open_weights, run_steps, source_format
 from llama4_jax.weights.table import SCALE
 
 _FORMATS = {"hf": "Hugging Face", "meta": "Meta", "run": "Orbax (ours)"}
@@ -22,7 +27,12 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
     Reads no values. Raises as `open_weights` does.
     """
     weights = open_weights(path)
-    lines = [f"{path}: {_format(weights)}", "", "Config, and where each field comes from:"]
+    lines = [
+        f"{path}: {_format(weights)}",
+        f"Checksums: {_checksums(weights)}",
+        "",
+        "Config, and where each field comes from:",
+    ]
     fields = {field.name: getattr(weights.config, field.name) for field in dataclasses.fields(weights.config)}
     values = {name: _value(value) for name, value in fields.items()}
     width = min(44, max(map(len, values.values())))
@@ -33,6 +43,66 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
         lines += ["", *weights.notices]
     lines += ["", *_tensors(weights, every_tensor)]
     return "\n".join(lines)
+
+
+def verify(path: str | Path, say: Callable[[str], None]) -> list[str]:
+    """Reads every value in a directory, of all checkpoints of one of ours, and holds it against its checksum.
+
+    - say: is told what was read, a line a checkpoint or directory
+
+    Returns what is damaged, a line for each array. Raises as `open_weights` does for what cannot be opened at all.
+    """
+    path = any_path(path)
+    if source_format(path) != "run":
+        weights = open_weights(path)
+        assert isinstance(weights, FileWeights)
+        if weights.digests is None:
+            say(
+                f"{path}: its structure is sound, but it has no {DIGESTS}: there is nothing to hold the values against."
+            )
+            return []
+        tensors_of = read_pth if weights.format == "meta" else lambda file: SafetensorsFile(file).tensors
+        files = {name: tensors_of(path / name) for name in weights.digests.files if (path / name).is_file()}
+        found = [f"{path / line}" for line in weights.digests.damaged(files)]
+        say(f"{path}: {sum(map(len, files.values()))} tensors read, {len(found)} damaged.")
+        return found
+    damaged = []
+    for step in run_steps(path):
+        damaged += _verify_checkpoint(path / "checkpoints" / str(step), say)
+    return damaged
+
+
+def _verify_checkpoint(checkpoint: AnyPath, say: Callable[[str], None]) -> list[str]:
+    # Here, since Orbax takes a second to import.
+    from llama4_jax.weights.checked_arrays import has_checksum, reason_of
+    from llama4_jax.weights.checkpoint import MODEL, PROGRESS, TRAINING, read_progress
+    from llama4_jax.weights.orbax_arrays import damaged_arrays, stored_arrays
+
+    damaged, count, without = [], 0, 0
+    for item in (MODEL, TRAINING):
+        if item == TRAINING and not (checkpoint / item).is_dir():
+            continue  # what was converted has none
+        try:
+            stores = stored_arrays(checkpoint, item)
+            count += len(stores)
+            without += sum(not has_checksum(store) for store in stores.values())
+            damaged += [f"{checkpoint / item}: {line}" for line in damaged_arrays(checkpoint, item)]
+        except Exception as error:  # a damaged file may show as anything
+            damaged.append(f"{checkpoint / item}: {reason_of(error)}")
+    try:
+        read_progress(checkpoint)
+    except Exception as error:
+        damaged.append(f"{checkpoint / PROGRESS}: {reason_of(error)}")
+    unchecked = f", {without} of them without checksums, of which only their form is known to be sound" * bool(without)
+    say(f"{checkpoint}: {count} arrays read{unchecked}, {len(damaged)} damaged.")
+    return damaged
+
+
+def _checksums(weights: Weights) -> str:
+    if isinstance(weights, FileWeights):
+        return "none, as it comes from elsewhere" if weights.digests is None else f"of every tensor, in {DIGESTS}"
+    assert isinstance(weights, RunWeights)
+    return "of every stored piece" if weights.has_checksums else "none: it was written by an earlier version"
 
 
 def _format(weights: Weights) -> str:

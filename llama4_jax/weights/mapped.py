@@ -41,10 +41,16 @@ class FileTensor:
         flat = np.memmap(self.path, np.uint8, mode, self.offset, (self.extent,))
         return np.ndarray(self.shape, self.dtype, flat, 0, self.strides)
 
+    def bytes_mapped(self) -> np.ndarray:
+        """Its bytes, from its first to its last, as a read-only map."""
+        if not self.extent:
+            return np.empty(0, np.uint8)
+        return np.memmap(self.path, np.uint8, "r", self.offset, (self.extent,))
+
     @property
     def extent(self) -> int:
         """Bytes from its first to its last."""
-        if self.strides is None:
+        if self.strides is None or 0 in self.shape:
             return self.dtype.itemsize * math.prod(self.shape)
         return self.dtype.itemsize + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
 
@@ -55,6 +61,35 @@ def _fetched(tensor: FileTensor) -> np.ndarray:
         file.seek(tensor.offset)
         content = file.read(tensor.extent)
     return np.ndarray(tensor.shape, tensor.dtype, content, 0, tensor.strides)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a mapped tensor is in its file: bytes from `start` to before `stop`."""
+
+    path: Path
+    start: int
+    stop: int
+    _map: np.ndarray  # all bytes that are mapped
+    _map_start: int  # in the file
+
+    def bytes(self, start: int, stop: int) -> np.ndarray:
+        """Others of the same map, by their places in the file."""
+        return self._map[start - self._map_start : stop - self._map_start]
+
+
+def place_in_file(view: np.ndarray) -> Place | None:
+    """None for what is no map of a file, such as what was fetched from a bucket."""
+    owner = view
+    while owner is not None and getattr(owner, "_mmap", None) is None:
+        owner = getattr(owner, "base", None)
+    if owner is None:
+        return None
+    mapped = np.frombuffer(owner._mmap, np.uint8)  # which begins at a page
+    begin = owner.offset - owner.offset % mmap.ALLOCATIONGRANULARITY
+    first, after = np.lib.array_utils.byte_bounds(view)
+    start = mapped.ctypes.data
+    return Place(Path(owner.filename), begin + first - start, begin + after - start, mapped, begin)
 
 
 def write_through(to: np.memmap, values: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,13 @@ from orbax.checkpoint import type_handlers
 
 from llama4_jax.atomic import AnyPath, in_bucket
 from llama4_jax.weights.checked_arrays import CHECKSUM, reason_of, tree_handler
-from llama4_jax.weights.checkpoint import MODEL, PROGRESS
+from llama4_jax.weights.checkpoint import MODEL, PROGRESS, with_checksum
 from llama4_jax.weights.table import Index, Shape
+from llama4_jax.weights.workplace import parts_of
 
 _CACHE_BYTES = 64 * 2**20  # of decoded chunks: those of a training run may be larger than the parts that are read
+
+_THREADS = 4  # that verify
 
 
 class StoredArray:
@@ -48,9 +52,10 @@ class StoredArray:
         return tuple(self._store.chunk_layout.read_chunk.shape or self.shape)
 
 
-def stored_arrays(checkpoint: AnyPath) -> dict[str, ts.TensorStore]:
-    """The arrays of the model in a checkpoint (`checkpoints/STEP`), by name. Nothing is read yet."""
-    directory = checkpoint / MODEL
+def stored_arrays(checkpoint: AnyPath, item: str = MODEL) -> dict[str, ts.TensorStore]:
+    """The arrays of the model, or of another item, in a checkpoint (`checkpoints/STEP`), by name. Nothing is read
+    yet."""
+    directory = checkpoint / item
     url = str(directory) if in_bucket(directory) else f"file://{directory.absolute()}"
     metadata = json.loads((directory / "_METADATA").read_text())
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
@@ -67,6 +72,24 @@ def stored_arrays(checkpoint: AnyPath) -> dict[str, ts.TensorStore]:
     names = [entry["key_metadata"][0]["key"] for entry in metadata["tree_metadata"].values()]
     opening = {name: ts.open(spec(name), open=True, read=True, context=context) for name in names}
     return {name: store.result() for name, store in opening.items()}
+
+
+def damaged_arrays(checkpoint: AnyPath, item: str) -> list[str]:
+    """Reads all of an item of a checkpoint: what is wrong with each of its arrays that is damaged, beginning with its
+    name. Raises as `stored_arrays` does."""
+
+    def damage(named: tuple[str, ts.TensorStore]) -> str | None:
+        name, store = named
+        array = StoredArray(store)
+        try:
+            for part in parts_of(array.shape, array.chunk):
+                array.read(part)
+        except ValueError as error:
+            return f"{name}: {reason_of(error).removeprefix(name + ': ')}"
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [found for found in pool.map(damage, stored_arrays(checkpoint, item).items()) if found]
 
 
 def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> StoredArray:
@@ -127,7 +150,7 @@ def make_checkpoint(run: Path, arrays: Mapping[str, Path], step: int = 0) -> Non
             args=ocp.args.Composite(
                 **{
                     MODEL: ocp.args.PyTreeSave({name: _Waiting(path) for name, path in arrays.items()}),
-                    PROGRESS: ocp.args.JsonSave({"step": step}),
+                    PROGRESS: ocp.args.JsonSave(with_checksum({"step": step})),
                 }
             ),
         )

@@ -16,6 +16,7 @@ from llama4_jax.model.config import ModelConfig
 from llama4_jax.untrusted_json import read_json, read_text, shortened
 from llama4_jax.weights import hf_config, meta_config, table
 from llama4_jax.weights.dequantize import HFTensors, MetaTensors, dequantized
+from llama4_jax.weights.digests import Digests
 from llama4_jax.weights.meta_files import PARAMS, MetaCheckpoint
 from llama4_jax.weights.safetensors import CONFIG_BYTES, HFCheckpoint
 from llama4_jax.weights.table import Box, Index, Layout, Row, Shape, Tensors
@@ -66,6 +67,7 @@ class FileWeights:
     ranks: tuple[Tensors, ...] = field(repr=False)
     plan: table.Plan = field(repr=False)
     keep_quantized: bool = False
+    digests: Digests | None = field(default=None, repr=False)  # of its files, if they came with any
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -94,7 +96,8 @@ class FileWeights:
         row = self._row(name)
         if self._to_multiply(name):
             return dequantized(row, replace(self, keep_quantized=True), part).astype(_BFLOAT16)
-        array = table.read_boxes(self._boxes(name), row.whole if part is None else part)
+        check = None if self.digests is None else self.digests.check
+        array = table.read_boxes(self._boxes(name), row.whole if part is None else part, check)
         return array.astype(np.float32) if name in self.plan.scales else array
 
     def parts(self, name: str, limit: int) -> Shape:
@@ -133,11 +136,14 @@ class RunWeights:
 
     def __init__(self, path: AnyPath, saved: SavedModel, step: int):
         # Here, since Orbax takes a second to import, and files of other formats do not need it.
+        from llama4_jax.weights.checked_arrays import has_checksum
         from llama4_jax.weights.orbax_arrays import StoredArray, stored_arrays
 
         self.path, self.config, self.step = path, saved.model, step
+        self._known = run_steps(path)
         self.provenance = saved.provenance or dict.fromkeys(vars(saved.model), "config.json of the run")
         stores = stored_arrays(path / "checkpoints" / str(step))
+        self.has_checksums = all(map(has_checksum, stores.values()))
         places = locate({name: tuple(store.shape) for name, store in stores.items()}, self.config)
         order = {row.ours: i for i, row in enumerate(table.rows(self.config))}
         self._arrays = {
@@ -164,10 +170,10 @@ class RunWeights:
         except ValueError as error:
             from llama4_jax.weights.checkpoint import was_replaced
 
-            if was_replaced(self.path / "checkpoints", self.step, [self.step]):
+            if was_replaced(self.path / "checkpoints", self.step, self._known):
                 raise OSError(
-                    f"checkpoint {self.path / 'checkpoints' / str(self.step)} was replaced while it was read: the run is "
-                    f"being trained. Run the same command again, or give the run a larger keep_checkpoints."
+                    f"checkpoint {self.path / 'checkpoints' / str(self.step)} was replaced while it was read: the run "
+                    f"is being trained. Run the same command again, or give the run a larger keep_checkpoints."
                 ) from error
             raise ValueError(damaged(self.path, self.step, error)) from error
 
@@ -220,8 +226,8 @@ def damaged(run: AnyPath, step: int, error: Exception) -> str:
     from llama4_jax.weights.checked_arrays import reason_of
 
     return (
-        f"checkpoint {run / 'checkpoints' / str(step)} is damaged: {reason_of(error)}. Take an earlier one (move this one "
-        f"away), copy it from where it is sound, or make it anew. llama4 inspect --verify names every damaged array."
+        f"checkpoint {run / 'checkpoints' / str(step)} is damaged: {reason_of(error)}. Take an earlier one (move this "
+        f"one away), copy it from where it is sound, or make it anew. llama4 inspect --verify names all that is damaged."
     )
 
 
@@ -272,7 +278,7 @@ def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weigh
         provenance = meta_config.provenance(files.params)
         ranks = tuple(MetaTensors(files, rank) for rank in range(len(files.ranks)))
     plan = table.plan_ranks(config, kind, ranks)
-    return FileWeights(path, kind, config, provenance, ranks, plan, keep_quantized)
+    return FileWeights(path, kind, config, provenance, ranks, plan, keep_quantized, Digests.of(path))
 
 
 def open_config(path: epath.PathLike) -> ModelConfig:

@@ -234,9 +234,11 @@ def groups(axes: str) -> list[tuple[str, ...]]:
 Index = tuple[slice, ...]  # a part of one of our arrays: start and stop along every axis
 
 
-def read_boxes(boxes: Sequence[Box], part: Index) -> np.ndarray:
-    """A part of our array; a view if it lies in one box."""
+def read_boxes(boxes: Sequence[Box], part: Index, check: Callable[[np.ndarray], None] | None = None) -> np.ndarray:
+    """A part of our array; a view if it lies in one box. `check` is given what is read of each box."""
     meeting = list(_meeting(boxes, part))
+    for box, there, _ in meeting if check is not None else ():
+        check(box.view[there])
     if len({box.view.dtype for box in boxes}) > 1:
         raise ValueError(f"the parts of one tensor have different dtypes: {[box.view.dtype.name for box in boxes]}.")
     if len(meeting) == 1:
