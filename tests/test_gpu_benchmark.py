@@ -136,6 +136,7 @@ def test_what_the_whole_scout_would_give_stands_beside_the_planners_formula():
     assert figures["planned tokens/s, H100"] > 50
 
 
+@pytest.mark.slow
 def test_peers_run_on_the_same_weights(tmp_path):
     assert peers.save(str(tmp_path), True)["transformers"]
     for contender in (peers.Ours(str(tmp_path), True), peers.Transformers(str(tmp_path), True, "sdpa")):

@@ -7,6 +7,7 @@ idle but for what is timed.
 
 import concurrent.futures
 import gc
+import math
 import os
 import re
 import statistics
@@ -59,7 +60,7 @@ class Out:
         record: dict[str, Any] = {"case": name, **more}
         start = time.monotonic()
         try:
-            record["figures"] = measure() if self.left > 0 else None
+            record["figures"] = _finite(measure()) if self.left > 0 else None
         except Exception as error:  # whatever it is, the next case runs
             record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         else:
@@ -106,6 +107,11 @@ class Out:
             return None, {}
         program = lowered.compile()
         return program, {"compile_seconds": round(time.monotonic() - start, 2)}
+
+
+def _finite(figures: Figures) -> Figures:
+    """JSON has no NaN: it becomes "nan"."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
 class Timing(NamedTuple):

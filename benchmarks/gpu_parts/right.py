@@ -55,10 +55,10 @@ BOUND = {"float32": 1e-5, "bfloat16": 6e-3}
 
 def run(out: Out, tiny: bool) -> None:
     out.case("float32 product", functools.partial(float32_product, 256 if tiny else 2048))
-    model_cases(out)
     attention_cases(out, tiny)
     grouped_cases(out, tiny)
     expert_cases(out, tiny)
+    model_cases(out)
     quantized_cases(out, tiny)
     for dtype in BOUND:
         out.case(f"cross entropy, {dtype}", functools.partial(cross_entropy, dtype, tiny))
