@@ -174,7 +174,8 @@ def test_checkpoints_without_checksums_are_read_and_said_to_have_none(made, tmp_
     shutil.copytree(made / "trained", tmp_path / "old")
     item = tmp_path / "old" / "checkpoints" / "3" / "model"
     shutil.rmtree(item)
-    ocp.StandardCheckpointer().save(item, arrays)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(item, arrays)
     (tmp_path / "old" / "checkpoints" / "3" / "progress" / "metadata").write_text('{"step": 3}')
     assert not differing(read_all(tmp_path / "old"), read_all(made / "trained"))
     assert "Checksums: none" in describe(tmp_path / "old")
