@@ -165,7 +165,7 @@ def test_a_damaged_place_in_the_data_is_no_place_to_resume_at(made, tmp_path):
     checkpoints = Checkpoints(hurt, say=said.append)
     with pytest.raises(ValueError, match="progress: its bytes do not fit their checksum"):
         checkpoints.newest()
-    assert Checkpoints(made / "trained", read_only=True).newest().progress == PROGRESS
+    assert Checkpoints(made / "trained", read_only=True).newest().progress.items() >= PROGRESS.items()
 
 
 def test_checkpoints_without_checksums_are_read_and_said_to_have_none(made, tmp_path):
