@@ -1,5 +1,7 @@
 """With the reference operations a loss is differentiated forwards and twice, and gives what differences give."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,6 @@ def test_the_reference_operations_give_the_fast_ones_numbers():
 
 @pytest.mark.parametrize("layers", [2, 4])
 def test_the_error_of_the_fast_operations_says_what_to_switch_on(layers):
-    import dataclasses
-
     graphdef, params = nnx.split(Llama4(dataclasses.replace(CONFIG, num_layers=layers)))
     with pytest.raises(TypeError, match=r'attention="reference", experts="reference"'):
         jax.jvp(lambda p: nnx.merge(graphdef, p)(TOKENS).sum(), (params,), (params,))
