@@ -7,13 +7,13 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from llama4_jax.config import converted_to_json
-from llama4_jax.inputs.tokenizer import Tokenizer, holds_tokenizer
+from llama4_jax.inputs.tokenizer import holds_tokenizer
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.weights import hf_config, meta_config
 from llama4_jax.weights.convert import export
@@ -24,17 +24,11 @@ from llama4_jax.weights.workplace import PART_BYTES, Job, Workplace, Write, fini
 _MARK = "saved"  # in the journal of a directory that `save` was writing
 
 
-class _HasTokenizer(Protocol):
-    """A Processor."""
-
-    tokenizer: Tokenizer
-
-
 def save(
     model: Llama4,
     destination: str | os.PathLike,
     *,
-    tokenizer: "Tokenizer | _HasTokenizer | str | os.PathLike | None" = None,
+    tokenizer: Any = None,
     format: Literal["orbax", "hf", "meta"] = "orbax",
     shards: int | None = None,
 ) -> Path:
