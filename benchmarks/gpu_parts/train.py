@@ -45,8 +45,8 @@ from llama4_jax.train.step import Trainer, make_model, make_trainer, split_model
 
 MATMULS = ("default", "fp8", "fp8_row")
 SHAPES = ((1, 8192), (4, 2048))
-TINY = {"num_layers": 4, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64,
-        "expert_mlp_dim": 64, "num_experts": 4, "vocab_size": 512, "attention_chunk": 64}  # fmt: skip
+TINY = {"num_layers": 2, "nope_interval": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+        "mlp_dim": 64, "expert_mlp_dim": 64, "num_experts": 4, "vocab_size": 512, "attention_chunk": 64}  # fmt: skip
 
 
 def run(out: Out, tiny: bool) -> None:
