@@ -117,6 +117,12 @@ def test_shares_of_a_profile_are_of_the_streams_alone():
     assert train.shares_of([]) == {}
 
 
+def test_the_profiler_writes_what_is_read():
+    events = train.profile(lambda: jnp.ones((64, 64)) @ jnp.ones((64, 64)))
+    assert any(event.get("ph") == "X" for event in events)
+    assert any(event.get("name") == "process_name" for event in events)
+
+
 def test_a_slice_decodes_and_reads():
     given = {"ceilings": {"copy": {"GB/s": 100.0}}}
     records = outcome(decode.run, given=given)

@@ -308,7 +308,7 @@ def planned(config: RunConfig) -> Figures:
 KINDS = (  # the first whose pattern is in a kernel's name
     ("grouped kernel", r"ragged|mosaic|transposed_ragged"),
     ("attention", r"cudnn|flash|fmha|sdpa"),
-    ("product, fp8", r"e4m3|e5m2|f8|qgmma"),
+    ("product, fp8", r"e4m3|e5m2|f8|qgmma|nvjet_q"),
     ("product", r"gemm|nvjet|cutlass|cublas|dot|xmma|wgmma"),
     ("copy", r"memcpy|memset|copy|transpose"),
     ("reduction", r"reduce|reduction|scan|sort"),
@@ -317,13 +317,21 @@ KINDS = (  # the first whose pattern is in a kernel's name
 
 
 def shares(run) -> Figures:
-    """Of the device's time in one run, by kind of kernel; {} where the profiler does not say."""
+    """Of the device's time in one run, by kind of kernel; {} where there is no GPU."""
     if jax.default_backend() != "gpu":
         return {}
+    try:
+        return shares_of(profile(run)) or {"profile": "no kernels in it"}
+    except Exception as error:  # the times that were measured are worth more
+        return {"profile": f"failed: {error}"[:200]}
+
+
+def profile(run) -> list[dict]:
+    """The events of one run."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             jax.block_until_ready(run())
-        return shares_of(read_trace(folder))
+        return read_trace(folder)
 
 
 def read_trace(folder: str) -> list[dict]:
