@@ -193,6 +193,18 @@ def test_a_token_that_ends_a_text_is_special_whatever_the_file_says(tmp_path):
     assert ours.eos_id not in ours.encode("a<|endoftext|>b")
 
 
+def test_ids_of_a_model_with_more_than_the_tokenizer_stand_for_nothing(tmp_path):
+    ours = load_tokenizer(directory("own"))
+    size, ids = ours.vocab_size, ours.encode("a b")
+    with pytest.raises(ValueError, match=f"token id {size} is out of range"):
+        ours.decode([size])
+    ours.leave_free(512)
+    assert ours.vocab_size == size and ours.decode([ids[0], 511, size, *ids[1:]], skip_special=True) == "a b"
+    assert ours.token_bytes(np.array([511])).tolist() == [0]
+    with pytest.raises(ValueError, match="token id 512 is out of range"):
+        ours.decode([512])
+
+
 def test_a_long_text_is_cut_between_words():
     text = " ".join(f"word{i}" for i in range(300_000))
     parts = list(_parts(text))
