@@ -88,8 +88,8 @@ class Tokenizer(abc.ABC):
         self._lengths = np.where(self._is_special, 0, [*map(len, self._bytes)]).astype(np.int32)
 
     def leave_free(self, vocab_size: int) -> None:
-        """Ids beyond the tokenizer's own and below `vocab_size`, a model's larger vocabulary, stand for nothing: a model
-        may write them until it has learnt that they never come."""
+        """Ids beyond the tokenizer's own and below `vocab_size`, a model's larger vocabulary, stand for nothing: a
+        model may write them until it has learnt that they never come."""
         free = max(0, vocab_size - len(self._bytes))
         self._bytes += [b""] * free
         self._is_special, self._lengths = (np.pad(x, (0, free)) for x in (self._is_special, self._lengths))
