@@ -173,6 +173,7 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
             f"data.tokenizer={config.data.tokenizer!r}).{hint}"
         )
+    tokenizer.leave_free(config.model.vocab_size)
     return tokenizer
 
 
