@@ -175,7 +175,7 @@ with locked(epath.Path({str(run)!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     command = [sys.executable, "-c", code]
-    killed = subprocess.run(command, cwd=ROOT, env=environment(place), stderr=subprocess.DEVNULL, timeout=60)
+    killed = subprocess.run(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     with locked(epath.Path(run)):
         pass
