@@ -25,6 +25,7 @@ from jaxtyping import Int, Integer
 from numpy.typing import ArrayLike
 
 from llama4_jax.atomic import write_atomically
+from llama4_jax.untrusted_json import read_json, shown
 
 BPE_FILE = "tokenizer.model"
 BYTES_FILE = "byte_tokenizer.json"
@@ -351,10 +352,11 @@ def _read_ranks(file: bytes, path: epath.Path) -> dict[bytes, int]:
 
 def _read_byte_tokenizer(path: epath.Path) -> ByteTokenizer:
     tokenizer = ByteTokenizer()
-    try:
-        said = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
+    said = read_json(path, of=dict, max_bytes=1 << 16)
     if said != {"type": "bytes", "vocab_size": tokenizer.vocab_size}:
-        raise ValueError(f"{path} describes another tokenizer: {said}. This version has {tokenizer.vocab_size} ids.")
+        said = shown(said.get("type")), shown(said.get("vocab_size"))
+        raise ValueError(
+            f"{path} describes another tokenizer, of type {said[0]} with {said[1]} ids. This version has "
+            f"{tokenizer.vocab_size}."
+        )
     return tokenizer

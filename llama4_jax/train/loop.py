@@ -227,7 +227,7 @@ def restore(
             model, training = split_leaves(state)
             state = with_leaves(state, {**initial_weights(config.init_from, config.model, model), **training})
         return state
-    batches.set_state(merge_states(saved.progress["data"]))
+    batches.set_state(merge_states(saved.progress.get("data")))
     return with_leaves(trainer.abstract, {**saved.model, **saved.training})
 
 
