@@ -10,8 +10,8 @@ float64, the tiny model against a CPU's numbers), train and decode (slices of Sc
 by those that follow. A part that fails or hangs keeps what it has measured, and the next one runs. The table is printed
 and the JSON written after every part.
 
-It needs jax with its CUDA plugin, flax, optax, einops, jaxtyping, etils and numpy; the peers also torch, transformers,
-safetensors and msgspec. It needs no network, nor grain, tyro or tensorboardX. Nothing need be installed: it runs from
+It needs jax with its CUDA plugin, flax, optax, einops, jaxtyping, etils, msgspec and numpy; the peers also torch,
+transformers, safetensors and xxhash. It needs no network, nor grain, tyro or tensorboardX. Nothing need be installed: it runs from
 the repository.
 """
 
@@ -36,7 +36,8 @@ from typing import Any
 HERE = pathlib.Path(__file__).resolve().parent
 SHARES = {"ceilings": 0.4, "right": 1.6, "train": 2.4, "decode": 2.0, "peers": 1.6}  # of eight minutes
 # What a part imports beside what jax, flax and numpy bring along.
-NEEDS = {"peers": ("torch", "transformers", "safetensors", "msgspec")}
+NEEDS = {part: ("msgspec",) for part in ("right", "train", "decode")}
+NEEDS["peers"] = ("torch", "transformers", "safetensors", "msgspec", "xxhash")
 # Memory is taken as it is needed, since some parts hold torch beside JAX; and a second run finds its programs compiled.
 DEFAULTS = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

@@ -222,7 +222,7 @@ def test_a_text_has_a_picture_at_each_place_or_several():
         ((PLACE,), ["nothing.png"], r"images\[0\]: there is no file nothing.png"),
         (({"type": "image", "path": "nothing.png"},), [], r"messages\[0\].content\[0\]: there is no file nothing.png"),
         ((PLACE, PLACE), [noise(9, 9), b"\x89PNG\r\n\x1a\nxxxx"], r"images\[1\] (cannot be opened|is not a picture)"),
-        ((PLACE,), [b"GIF, I say"], r"images\[0\] is not a picture that can be read: it begins with b'GIF, I say'"),
+        ((PLACE,), [b"GIF, I say"], r"images\[0\] is not a picture that can be read: PNG, JPEG"),
         ((PLACE,), [np.zeros((9, 9))], r"images\[0\] is an array of float64 and shape \(9, 9\)"),
         ((PLACE,), [5], r"images\[0\] should be a path, bytes, a PIL image or an array, and is 5."),
         ((PLACE,), [None], r"images\[0\] should be a path, bytes, a PIL image or an array, and is None."),

@@ -3,7 +3,7 @@
 One layer of Scout with all 16 experts and a vocabulary of 16 384, 2.4 billion parameters, in bfloat16 (reading and
 decoding) and with AdamW on bfloat16 parameters (a step; our moments are float32, torch's take the parameters' dtype).
 transformers writes the weights into a temporary directory, 4.7 GB, and both read them there. Its Llama 4 multiplies
-every token by every expert: it has no grouped experts in 5.17 nor in 5.23, and a case says so if another version has.
+every token by every expert: it has no grouped experts in 5.17 nor in 5.23.
 
 One contender after another has the card's memory: each is a process of its own, which ends before the next begins.
 """

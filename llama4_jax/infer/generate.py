@@ -298,9 +298,9 @@ def _prefill(
     features: Float[Array, "B T D"] | None,
     how: Sampling,
     seed: Int[Array, ""],
-    past: Past | None,
+    past: Past | None = None,
     *,
-    processor: LogitsProcessor | None,
+    processor: LogitsProcessor | None = None,
 ) -> tuple[Cache, Int[Array, " B"]]:
     """Reads the first counts[b] tokens of each row of `piece`, and draws what follows the last of them."""
     model = nnx.merge(graphdef, state)
@@ -324,9 +324,9 @@ def _decode(
     how: Sampling,
     seed: Int[Array, ""],
     stop_ids: Int[Array, " stops"],
-    past: Past | None,
+    past: Past | None = None,
     *,
-    processor: LogitsProcessor | None,
+    processor: LogitsProcessor | None = None,
 ) -> tuple[Cache, Past | None, Int[Array, " B"], Bool[Array, " B"], Int[Array, "B n"]]:
     """`limit` more tokens of each row after its newest, `token`; fewer when all rows have stopped."""
     model = nnx.merge(graphdef, state)

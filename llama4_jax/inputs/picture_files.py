@@ -62,11 +62,12 @@ def file_in(folder: epath.PathLike, path: epath.PathLike, *, name: str, hint: st
     """
     bucket = "://" in os.fspath(folder)  # it has no links
     separator, real = ("/", posixpath.normpath) if bucket else (os.sep, os.path.realpath)
+    said = shown(os.fspath(path).removeprefix(f"{os.fspath(folder)}{separator}"))
     try:
         inside = f"{real(os.fspath(folder)).rstrip(separator)}{separator}"
         if not real(os.fspath(path)).startswith(inside):
             raise ValueError(
-                f"{name}: {shown(os.fspath(path))} leads out of the folder {shortened(os.fspath(folder))}, and "
+                f"{name}: {said} leads out of the folder {shortened(os.fspath(folder))}, and "
                 f"pictures are read from there alone: put it there{', ' if hint else ''}{hint}."
             )
         found = epath.Path(path)
@@ -74,7 +75,7 @@ def file_in(folder: epath.PathLike, path: epath.PathLike, *, name: str, hint: st
     except (UnicodeError, OSError):  # no name of a file at all
         is_there = False
     if not is_there:
-        raise FileNotFoundError(f"{name}: there is no picture {shown(os.fspath(path))}.")
+        raise FileNotFoundError(f"{name}: there is no picture {said} in {shortened(os.fspath(folder))}.")
     return found
 
 

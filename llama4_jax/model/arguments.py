@@ -20,7 +20,8 @@ def check_tokens(tokens: Any, vocab_size: int) -> None:
         return
     if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
         return
-    least, most = int(tokens.min()), int(tokens.max())
+    known = np.asarray(tokens)  # numpy's, since JAX's of a constant would be traced with the function around it
+    least, most = int(known.min()), int(known.max())
     if least < 0 or most >= vocab_size:
         raise ValueError(
             f"tokens has the id {least if least < 0 else most}, but the model's vocabulary has the ids 0 to "
@@ -75,9 +76,9 @@ def random_key(seed: Any) -> Key[Array, ""]:
             f"seed must be one integer or one key, got {seed.dtype} of the shape {list(seed.shape)}. For a model for "
             f"each of several seeds: jax.vmap(lambda seed: Llama4(config, seed=seed))(seeds)."
         )
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise ValueError(f"seed must be an integer or a key of jax.random, got {seed!r:.60}.")
     try:
-        return jax.random.key(operator.index(seed) if not isinstance(seed, bool) else None)
-    except TypeError:
-        raise ValueError(f"seed must be an integer or a key of jax.random, got {seed!r}.") from None
+        return jax.random.key(operator.index(seed))
     except OverflowError:
         raise ValueError(f"seed must fit into 64 bits, got {seed}.") from None

@@ -238,7 +238,7 @@ def test_a_row_opens_no_picture_outside_the_folder_of_its_file(tmp_path, path):
         ({"messages": [{"role": "usr", "content": "x"}]}, r"line 2, messages\[0\].role should be one of .* is 'usr'"),
         ({"messages": ask({"type": "image"})}, "line 2: there are 1 places for pictures, and 0 pictures"),
         ({"messages": ask(), "images": ["a.png"]}, "line 2: there are 0 places for pictures, and 1 pictures"),
-        ({"messages": ask({"type": "image", "path": "gone.png"})}, "line 2: there is no picture .*gone.png"),
+        ({"messages": ask({"type": "image", "path": "gone.png"})}, "line 2: there is no picture 'gone.png' in "),
         ({"messages": ask(), "tools": [{"name": 3}]}, r"line 2, tools\[0\].name"),
         ({"messages": ask({"type": "image", "url": "https://x/y.png"})}, "nothing is fetched"),
     ],

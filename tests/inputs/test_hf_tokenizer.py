@@ -246,5 +246,5 @@ def test_merges_may_be_written_as_strings_and_added_tokens_may_go_on(llama4, tmp
 
 
 def test_a_missing_tokenizer_json_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such tokenizer file: .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="no such file: .*nowhere"):
         read_tokenizer_json(tmp_path / "nowhere")

@@ -362,7 +362,7 @@ def test_a_conversion_stopped_while_it_is_put_together_goes_on(scout_dir, tmp_pa
         patched.setattr(workplace, "copy_companions", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(scout_dir, tmp_path / "out")
-    assert list((tmp_path / "out.unfinished" / "made").rglob(".zarray"))  # moved there already
+    assert list((tmp_path / "out.unfinished" / "made").rglob("zarr.json"))  # moved there already
     done = convert(scout_dir, tmp_path / "out")
     assert done.resumed == done.tensors
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -632,7 +632,7 @@ def test_convert_and_export_work_from_the_command_line_without_torch(scout_dir, 
 
 
 def test_a_config_that_differs_from_the_preset_of_its_sizes_is_said_while_it_is_converted(tmp_path):
-    config = dataclasses.replace(preset("tiny"), router_bias=True, rope_theta=1e4)
+    config = dataclasses.replace(preset("tiny"), temperature_coef=0.2, rope_theta=1e4)
     directory, said = tmp_path / "hf", []
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(llama4_jax.weights.hf_config.to_hf_config(config)))
@@ -640,7 +640,7 @@ def test_a_config_that_differs_from_the_preset_of_its_sizes_is_said_while_it_is_
     create_safetensors(directory / "model.safetensors", {n: (np.dtype(np.float32), s) for n, s in shapes.items()})
     convert(directory, tmp_path / "run", say=said.append)
     assert said[0] == "the config differs from the preset 'tiny', and wins (config != preset):"
-    assert "  rope_theta: 10000.0 != 500000.0" in said and "  router_bias: True != False" in said
+    assert "  rope_theta: 10000.0 != 500000.0" in said and "  temperature_coef: 0.2 != 0.1" in said
 
 
 def test_metas_files_without_torch_say_what_to_install(tmp_path):
