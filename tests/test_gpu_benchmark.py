@@ -300,7 +300,7 @@ def test_random_numbers_have_the_spread_of_weights_and_no_pattern(dtype):
 
 
 def test_it_imports_without_what_the_gpu_machine_lacks():
-    """A lent machine has neither grain nor tyro nor tensorboardX, and this package is not installed there. msgspec is brought."""
+    """A lent machine has neither grain nor tyro nor tensorboardX, and this package is not installed there."""
     code = """
     import importlib.abc, sys
     missing = {"grain", "tyro", "tensorboardX"}

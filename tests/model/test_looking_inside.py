@@ -91,7 +91,7 @@ def test_captures_of_scanned_layers_are_those_of_unscanned_ones_stacked(remat):
     def captured(model):
         capture = lambda model: nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(TOKENS)  # noqa: E731
         logits, found = nnx.jit(capture)(model)
-        return logits, {path: value[...] for path, value in nnx.to_flat_state(found)}
+        return logits, {path: value.get_value() for path, value in nnx.to_flat_state(found)}
 
     model = Llama4(CONFIG, remat=remat)
     a, scanned = captured(model)

@@ -82,7 +82,8 @@ def test_the_console_tells_what_is_trained_how_it_goes_and_how_to_go_on(run):
         r"mesh: one device",
         said,
     )
-    assert re.search(rf"step {STEPS}/{STEPS}  loss [\d.]+  [\d.]+ bits/byte  [\d,]+ tokens/s  MFU \d+%  MaxVio", said)
+    figures = r"loss [\d.]+  [\d.]+ bits/byte  lr \S+  grad [\d.]+  [\d,]+ tokens/s  MFU \d+%  MaxVio"
+    assert re.search(rf"step {STEPS}/{STEPS}  {figures}", said)
     assert re.search(rf"step {STEPS}: held-out [\d.]+ bits per byte", said)
     assert f"python infer.py generate {run} --prompt 'def '" in said
 
