@@ -91,10 +91,10 @@ def test_tf32_and_nan_are_not_float32():
 
 def test_a_slice_of_scout_trains():
     given = {"ceilings": {"product bfloat16 8192³": {"TFLOP/s": 700.0}}}
-    some = "mlp up (default|fp8$)|gradients 1 .* default|whole step 1 .* fp8_row|4 experts by blocks, forward$"
+    some = "mlp up (default|fp8$)|gradients 1 .* default|whole step 1 .* default|4 experts by blocks, forward$"
     records = outcome(train.run, some, given)
     none_is_wrong(records)
-    step = records["whole step 1 × 64 fp8_row"]["figures"]
+    step = records["whole step 1 × 64 default"]["figures"]
     assert step["tokens/s"] > 0 and step["planned GiB"] > 0 and step["arguments GiB"] > 0
     flops = step["model TFLOP/s"]
     assert step["of the measured product"] == pytest.approx(flops / 700)
@@ -115,6 +115,12 @@ def test_shares_of_a_profile_are_of_the_streams_alone():
     ]
     assert train.shares_of(events) == {"share product, fp8": 0.6, "share product": 0.3, "share elementwise": 0.1}
     assert train.shares_of([]) == {}
+
+
+def test_the_profiler_writes_what_is_read():
+    events = train.profile(lambda: jnp.ones((64, 64)) @ jnp.ones((64, 64)))
+    assert any(event.get("ph") == "X" for event in events)
+    assert any(event.get("name") == "process_name" for event in events)
 
 
 def test_a_slice_decodes_and_reads():

@@ -75,7 +75,8 @@ class Loader(Iterator[Batch]):
             raise ValueError(
                 f"the saved place in the data is of other data ({state['data']}) than this ({self._identity}): the "
                 f"files, the tokenizer, and data.sources, heldout_sources, weights, seq_len, batch_size, "
-                f"tiles_per_row, max_tiles, loss_on, heldout_fraction, shuffle_seed and open_documents must be as they were."
+                f"tiles_per_row, max_tiles, loss_on, heldout_fraction, shuffle_seed and open_documents must be as they "
+                f"were."
             )
         missing = [name for name in self._streams if name not in state["streams"]]
         if missing:

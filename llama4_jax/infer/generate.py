@@ -40,6 +40,19 @@ LogitsProcessor = Callable[[Float[Array, "B V"], Int[Array, "B S"], Int[Array, "
 Tiles = UInt8[np.ndarray, "_ S S c"] | Float[np.ndarray, "_ S S c"]
 
 
+class Past(NamedTuple):
+    """The tokens of each row so far, for a `LogitsProcessor`."""
+
+    tokens: Int[Array, "B S"]  # -1 after the last
+    lengths: Int[Array, " B"]
+
+    def extended(self, token: Int[Array, " B"], real: Bool[Array, " B"]) -> "Past":
+        """By one more token in the rows where it is real."""
+        at = jnp.arange(self.tokens.shape[1]) == jnp.asarray(self.lengths)[:, None]
+        tokens = jnp.where(at & real[:, None], token[:, None], self.tokens)
+        return Past(tokens, self.lengths + real.astype(jnp.int32))
+
+
 def generate(
     model: Llama4,
     prompts: Sequence[Sequence[int]],
@@ -255,19 +268,6 @@ def _empty_cache(graphdef, state, rows: int, slots: int, dtype: str | None) -> C
 @use_rules(SERVING)
 def _encode(graphdef, state, tiles: Images) -> Float[Array, "1 patches D"]:
     return nnx.merge(graphdef, state).encode_images(tiles)
-
-
-class Past(NamedTuple):
-    """The tokens of each row so far, for a `LogitsProcessor`."""
-
-    tokens: Int[Array, "B S"]  # -1 after the last
-    lengths: Int[Array, " B"]
-
-    def extended(self, token: Int[Array, " B"], real: Bool[Array, " B"]) -> "Past":
-        """By one more token in the rows where it is real."""
-        at = jnp.arange(self.tokens.shape[1]) == jnp.asarray(self.lengths)[:, None]
-        tokens = jnp.where(at & real[:, None], token[:, None], self.tokens)
-        return Past(tokens, self.lengths + real.astype(jnp.int32))
 
 
 def _past(prompts: Sequence[Sequence[int]], slots: int) -> Past:

@@ -18,7 +18,8 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
 from llama4_jax.atomic import AnyPath, in_bucket
-from llama4_jax.weights.checked_arrays import CHECKSUM, reason_of, tree_handler
+from llama4_jax.weights import checked_arrays
+from llama4_jax.weights.checked_arrays import reason_of, tree_handler
 from llama4_jax.weights.checkpoint import MODEL, PROGRESS, with_checksum
 from llama4_jax.weights.table import Index, Shape
 from llama4_jax.weights.workplace import parts_of
@@ -102,7 +103,7 @@ def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> Sto
                 "shape": list(shape),
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
                 "data_type": dtype.name,
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, CHECKSUM],
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *checked_arrays.CODECS],
             },
             "store_data_equal_to_fill_value": True,
         },
@@ -111,6 +112,12 @@ def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> Sto
         context=ts.Context({"file_io_sync": False}),
     )
     return StoredArray(store.result())
+
+
+def open_array(path: Path) -> ts.TensorStore:
+    """One that `create_array` made, to be read."""
+    kvstore = {"driver": "file", "path": f"{path.absolute()}/"}
+    return ts.open({"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}, read=True).result()
 
 
 class _Waiting:

@@ -11,6 +11,7 @@ from small_run import MAVERICK, SCOUT, arrays, config, gradients, largest_error,
 from llama4_jax.model.config import Precision
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.next_token import next_token
+from llama4_jax.train.optimizer import OptimizerConfig
 
 
 @pytest.mark.parametrize("parts", [2, 8])
@@ -109,3 +110,29 @@ def test_the_state_is_donated_so_that_there_are_never_two():
         before = start(made)
         made.step(before, packed_batch(small), None)
     assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.optimizer)))
+
+
+def test_after_steps_that_were_left_out_the_rate_is_that_of_the_step_and_the_logged_one_is_used():
+    """The last of 2 updates and the last of 5 steps of which 3 were left out: each moves the parameters by its rate."""
+    settings = OptimizerConfig(peak_lr=1e-2, warmup_steps=10, weight_decay=0.0)
+
+    def loss(model, batch, factor):
+        out = next_token(model, batch)
+        return out._replace(total=out.total * factor)
+
+    small = config(optimizer=settings, balance=BalanceConfig())
+    made = trainer(small, loss=loss)
+    batch, moved, logged = packed_batch(small), [], []
+    for factors in ((1, 1), (1, np.nan, np.nan, np.nan, 1)):
+        state = start(made)
+        with jax.set_mesh(made.mesh):
+            for factor in factors:
+                before = {name: x.copy() for name, x in arrays(state.params).items()}  # the state is donated
+                state, metrics = made.step(state, batch, np.float32(factor))
+        after = arrays(state.params)
+        moved.append({name: after[name] - before[name] for name in after})
+        logged.append(float(metrics.learning_rate))
+        assert int(state.step) == len(factors) and int(state.skipped) == len(factors) - 2
+    np.testing.assert_allclose(logged, [2e-3, 5e-3], rtol=1e-6)
+    for name, x in moved[0].items():
+        np.testing.assert_allclose(moved[1][name], x * 2.5, rtol=2e-2, atol=3e-6, err_msg=name)

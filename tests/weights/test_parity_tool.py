@@ -343,7 +343,7 @@ def test_halves_of_the_experts_matrix_that_are_swapped_are_named(checkpoint, tmp
 
     against = with_weights(checkpoint(SMALL), tmp_path / "b", change)
     report = compare(checkpoint(SMALL), against=against)
-    assert_names(report, 1, "feed-forward output", {}, "layers.1.moe.gate_up (gate and up are swapped)")
+    assert_names(report, 1, "feed-forward output", {}, "layers.1.moe.gate_up (gate and up are exchanged;")
 
 
 def test_a_cache_that_forgets_shows_in_decoding_alone(checkpoint, monkeypatch):
