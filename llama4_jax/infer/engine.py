@@ -43,6 +43,7 @@ from llama4_jax.infer.rows import (
     advanced,
     choose,
     empty_rows,
+    scored,
 )
 from llama4_jax.infer.sampling import LEAST_TEMPERATURE, check_sampling, check_whole
 from llama4_jax.infer.scheduler import Arrived, Gone, Limits, Piece, Request, Running, State, step
@@ -513,8 +514,8 @@ class Engine:
         )  # fmt: skip
         self._held[piece.slot] = Held(handle._keys, piece.stop, piece.stop)
         if piece.last or targets is not None:
-            scored = None if targets is None else _Scored(len(after), scores)
-            self._pending.append(_Call(((0, handle),), choice if piece.last else None, scored))
+            asked = None if targets is None else _Scored(len(after), scores)
+            self._pending.append(_Call(((0, handle),), choice if piece.last else None, asked))
 
     def _decode(self, slots: tuple[int, ...]) -> None:
         rows = [(slot, self._of_slot[slot]) for slot in slots if not self._of_slot[slot].done]
