@@ -21,7 +21,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+@runtime_checkable
 class Constraint(Protocol):
     """What may come next in a reply, by a grammar. It has state, so each request needs its own."""
 
@@ -393,8 +394,9 @@ class Engine:
     def _turn(self) -> bool:
         """Takes what came, plans, starts the planned calls, and reads what earlier ones gave. False at the end."""
         busy = bool(self._pending or self._gone or self._schedule.running or self._schedule.waiting)
-        events = self._events(wait=not busy)
-        if self._closing and not events and not busy:
+        closing = self._closing
+        events = self._events(wait=not (busy or closing))
+        if closing and not events and not busy:
             return False
         self._schedule, plan = step(self._limits, self._schedule, events, self._place)
         self.stats.waiting, self.stats.running = len(self._schedule.waiting), len(self._schedule.running)
@@ -548,7 +550,7 @@ class Engine:
                 handle.prompt_scores += [_sampled(scores, i, handle._tops) for i in range(call.scored.count)]
             for row, handle in call.rows if choices is not None else ():
                 own = Choice(*(x[row] for x in choices))
-                self._take(handle, [_sampled(own, i, handle._tops) for i in np.flatnonzero(own.token != NOTHING)])
+                self._take(handle, [_sampled(own, i, handle._tops) for i in range(int(np.sum(own.token != NOTHING)))])
         del self._pending[:calls]
 
     def _take(self, handle: Handle, new: list[Sampled]) -> None:
