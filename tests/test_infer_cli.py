@@ -361,7 +361,7 @@ IN_A_TERMINAL = (
 def test_ctrl_c_in_a_terminal_stops_a_reply_and_not_the_chat(seeing):
     process = subprocess.Popen(
         [sys.executable, "-c", IN_A_TERMINAL, sys.executable, "-c", SLOW, str(seeing)], cwd=ROOT,
-        env=environment(seeing), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
     )  # fmt: skip
     shown = b""
 

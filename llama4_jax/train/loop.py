@@ -173,6 +173,7 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
             f"data.tokenizer={config.data.tokenizer!r}).{hint}"
         )
+    tokenizer.leave_free(config.model.vocab_size)
     return tokenizer
 
 
@@ -226,7 +227,7 @@ def restore(
             model, training = split_leaves(state)
             state = with_leaves(state, {**initial_weights(config.init_from, config.model, model), **training})
         return state
-    batches.set_state(merge_states(saved.progress["data"]))
+    batches.set_state(merge_states(saved.progress.get("data")))
     return with_leaves(trainer.abstract, {**saved.model, **saved.training})
 
 

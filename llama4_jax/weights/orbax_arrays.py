@@ -6,7 +6,6 @@ of them by moving them into it.
 """
 
 import asyncio
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
 from llama4_jax.atomic import AnyPath, in_bucket
+from llama4_jax.untrusted_json import read_json
 from llama4_jax.weights import checked_arrays
 from llama4_jax.weights.checked_arrays import reason_of, tree_handler
 from llama4_jax.weights.checkpoint import MODEL, PROGRESS, with_checksum
@@ -58,7 +58,7 @@ def stored_arrays(checkpoint: AnyPath, item: str = MODEL) -> dict[str, ts.Tensor
     yet."""
     directory = checkpoint / item
     url = str(directory) if in_bucket(directory) else f"file://{directory.absolute()}"
-    metadata = json.loads((directory / "_METADATA").read_text())
+    metadata = read_json(directory / "_METADATA", of=dict)
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 

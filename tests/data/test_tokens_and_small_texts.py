@@ -162,8 +162,6 @@ def test_one_document_is_split_by_position_and_shared_by_rows(kind, size, tmp_pa
     first = next(train)
     rows = [TOKENIZER.decode(row, skip_special=True) for row in first.tokens]
     assert len(set(rows)) == 4
-    seen = {i for batch in [first, *(next(train) for _ in range(400))] for i in np.unique(batch.target_bytes.sum(1))}
-    assert seen
     state = train.get_state()
     again = make_loader(whole, TOKENIZER, split="train")
     again.set_state(state)
@@ -186,7 +184,7 @@ def test_documents_that_suffice_are_dealt_out_as_ever(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(60)))
     loader = make_loader(config(f"jsonl:{tmp_path}/a.jsonl", heldout_fraction=0.3), TOKENIZER, split="heldout")
     documents = open_source(f"jsonl:{tmp_path}/a.jsonl")
-    held = [documents[i] for i in np.flatnonzero(documents.hashes < np.uint64(int(0.3 * 2**64)))]
+    held = [documents[i] for i in np.flatnonzero(documents.hashes < np.uint64(int(0.3 * 2**64))).tolist()]
     assert sum(batch.target_bytes.sum() for batch in loader) == sum(map(len, held)) > 0
 
 

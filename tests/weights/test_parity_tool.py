@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from compiled_once import each_program_is_compiled_once  # noqa: F401
 from oracles import hf, meta, ours
 from oracles.cases import BY_NAME, MAVERICK, SCOUT
 from safetensors.torch import load_file, save_file
