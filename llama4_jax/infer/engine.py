@@ -20,7 +20,7 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -312,6 +312,10 @@ class Engine:
         self._inbox.put(("submit", handle))
         return handle
 
+    def forget(self) -> None:
+        """What is in the slots is not used for later requests: after the weights were changed, or to measure."""
+        self._inbox.put(("forget", None))
+
     def close(self) -> None:
         """Answers what was submitted, and ends."""
         with self._lock:
@@ -423,6 +427,8 @@ class Engine:
                 self._handles[handle.id] = handle
                 self.stats.requests += 1
                 events.append(Arrived(Request(handle.id, handle.prompt_tokens, handle._most)))
+            elif kind == "forget":
+                self._held = [None if held is None else replace(held, exact=0) for held in self._held]
             elif kind == "cancel" and not handle.done:
                 self._finish(handle, [], "cancelled")
                 events += self._take_gone()
@@ -537,7 +543,7 @@ class Engine:
         )
         for slot, _ in rows:
             held = self._held[slot]
-            self._held[slot] = Held(held.keys, held.exact, min(held.longest + limit, self._limits.context))
+            self._held[slot] = replace(held, longest=min(held.longest + limit, self._limits.context))
         self._pending.append(_Call(tuple(rows), choices, None))
 
     def _settle(self, calls: int) -> None:
