@@ -25,7 +25,7 @@ class Metrics:
         def counter(name: str, text: str) -> Counter:
             return Counter(name, text, **labels).labels(model)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        def histogram(name: str, text: str, buckets: tuple[int | float, ...]) -> Histogram:
             return Histogram(name, text, buckets=buckets, **labels).labels(model)
 
         self.prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts")

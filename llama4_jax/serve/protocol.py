@@ -2,8 +2,9 @@
 
 A body is JSON of a stranger. Each field has a type and a range here; one that is unknown, or asks for something that
 this server does not do, is a 400 that names it, and nothing is ignored in silence. Fields whose value asks for nothing
-(`"store": false`, `"service_tier": "auto"`, `"suffix": null`) are taken, since clients send them, and so are labels that
-change no reply anywhere (`user`, `metadata`, `safety_identifier`, `prompt_cache_key`). Null is as good as not there.
+(`"store": false`, `"service_tier": "auto"`, `"suffix": null`) are taken, since clients send them, and so are labels
+that change no reply anywhere (`user`, `metadata`, `safety_identifier`, `prompt_cache_key`). Null is as good as not
+there.
 
 Beyond OpenAI's fields there is one, `top_k`; and `model` may be left out, as there is one model.
 """

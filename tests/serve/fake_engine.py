@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 try:
-    from llama4_jax.infer.engine import EngineDied, Full, Sampled
+    from llama4_jax.infer.engine import Engine, EngineDied, Full, Handle, Sampled
 except ImportError:
 
     class Sampled(NamedTuple):
@@ -31,8 +31,14 @@ except ImportError:
     class EngineDied(RuntimeError):
         pass
 
+    class Handle:
+        pass
+
+    class Engine:
+        pass
+
     stub = types.ModuleType("llama4_jax.infer.engine")
-    stub.Sampled, stub.Full, stub.EngineDied, stub.Handle, stub.Engine = Sampled, Full, EngineDied, Any, Any
+    stub.Sampled, stub.Full, stub.EngineDied, stub.Handle, stub.Engine = Sampled, Full, EngineDied, Handle, Engine
     sys.modules[stub.__name__] = stub
 
 
@@ -45,7 +51,7 @@ class Stats:
 
 
 @dataclass(eq=False)
-class FakeHandle:
+class FakeHandle(Handle):
     prompt: Sequence[int]
     asked: dict[str, Any]
     writes: Any  # an iterator of ids
@@ -76,16 +82,17 @@ class FakeHandle:
                 self._listener(self, tokens)
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """
     - script: gives the ids that a request's reply consists of, or its text; None: random ones
     - delay: seconds for a token of all slots
     """
 
+    alive = True
+
     def __init__(self, tokenizer, *, script=None, slots=8, context=8192, max_waiting=256, delay=0.0, tokens_a_call=3):
         self.tokenizer, self.script, self.delay, self.tokens_a_call = tokenizer, script, delay, tokens_a_call
         self.slots, self.context, self.max_waiting = slots, context, max_waiting
-        self.alive = True
         self.requests: list[FakeHandle] = []  # all of them, for tests to look at
         self.keep_requests = True
         self._running: list[FakeHandle] = []
