@@ -44,10 +44,10 @@ class StopStrings:
         if self.found or not self.stops:
             return "" if self.found else text
         text = self._held + text
-        places = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
-        if places:
+        ends = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
+        if ends:  # the one that was complete first, as if characters came one by one
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(ends)[1]]
         longest = max(map(len, self.stops)) - 1
         keep = next(
             (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self.stops)), 0

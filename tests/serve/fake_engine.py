@@ -42,6 +42,9 @@ except ImportError:
     sys.modules[stub.__name__] = stub
 
 
+_CLOSING = tuple(b'"}])')
+
+
 @dataclass
 class Stats:
     running: int
@@ -150,7 +153,7 @@ class FakeEngine(Engine):
                 continue
             bits = np.unpackbits(grammar.mask().view(np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits).tolist()
-            ends = [i for i in allowed if i in b'"}])' or i in self.tokenizer.stop_ids]
+            ends = [i for i in allowed if i in _CLOSING or i in self.tokenizer.stop_ids]
             token = draw.choice(ends if ends and draw.random() < 0.5 else allowed)
             grammar.accept(token)
             yield token
@@ -184,7 +187,11 @@ class FakeEngine(Engine):
             if self.delay:
                 time.sleep(self.delay)
             for handle in list(self._running):
-                self._step(handle)
+                try:
+                    self._step(handle)
+                except Exception as error:
+                    self._running = [one for one in self._running if one is not handle]
+                    handle.tell([], error=error)
 
     def _step(self, handle):
         asked = handle.asked

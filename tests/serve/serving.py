@@ -24,7 +24,7 @@ class Serving:
 
     def __init__(self, engine, server, http_server, port):
         self.engine, self.server, self.http, self.port = engine, server, http_server, port
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0)
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=0, timeout=15)
 
     def chat(self, **fields):
         return self.client.chat.completions.create(**{"model": MODEL, "messages": USER, **fields})
