@@ -11,11 +11,22 @@ import time
 import openai
 import psutil
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from micro_run import picture_processor
 from PIL import Image
 from serving import MODEL, USER, serving, wait_until
 
+from llama4_jax.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
 CHAT = "/v1/chat/completions"
+PATHS = [CHAT, "/v1/completions", "/tokenize", "/detokenize"]
+FIELDS = [
+    *dict.fromkeys(name for of in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+                   for name in of.__struct_fields__ if name != "model"),
+    "store", "metadata", "functions", "best_of", "suffix", "type", "content", "role", "url", "name", "parameters",
+    "image_url", "properties", "tool_calls", "tool_call_id", "arguments", "json_schema", "schema", "unknown",
+]  # fmt: skip
 
 
 def error_of(answer):
@@ -56,6 +67,32 @@ def test_what_is_no_request_is_a_400_in_openais_form(server, body):
     status, error = error_of(server.request("POST", CHAT, body))
     assert status == 400 and error["type"] == "invalid_request_error" and len(error["message"]) <= 520
     assert error["message"].isprintable()
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=6), st.just("\ud800"),
+        st.sampled_from(["auto", "function", "text", "json_schema", "user", "tool", "data:;base64,AA==", "/a"]),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.sampled_from(FIELDS), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.booleans())
+def test_whatever_is_asked_is_answered_or_refused_by_name(server, path, fields, complete):
+    body = {"max_tokens": 2, **({"messages": USER} if "chat" in path else {"prompt": "a"})} if complete else {}
+    status, headers, answer = server.request("POST", path, json.dumps(body | fields).encode())
+    assert status in (200, 400, 404, 413), answer
+    if status != 200:
+        error = json.loads(answer)["error"]
+        assert error["message"] and len(error["message"]) <= 520 and "Traceback" not in error["message"]
+        assert error["param"] or error["message"].startswith("the request"), error
+    elif headers["content-type"].startswith("application/json"):
+        json.loads(answer)
+    else:
+        assert answer.endswith(b"data: [DONE]\n\n")
 
 
 def test_a_body_is_bounded_whether_it_says_its_size_or_not(server):
