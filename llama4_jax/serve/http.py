@@ -121,9 +121,8 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain_until is None:
-            log.warning(
-                "%s: %d requests are being answered; no new ones", signal.Signals(sig).name, self._server.active
-            )
+            name, active = signal.Signals(sig).name, self._server.active
+            log.warning("%s: no new requests, and %d being answered", name, active)
             self.drain()
         else:
             self.should_exit = True

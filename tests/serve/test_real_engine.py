@@ -2,7 +2,6 @@
 
 import base64
 import concurrent.futures
-import functools
 import io
 import json
 
