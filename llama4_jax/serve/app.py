@@ -90,6 +90,7 @@ class Settings:
     - api_keys: one of which each request must have; none: anybody may ask
     - images_under: the folder that pictures may be read from; None: data: URLs alone
     - local: it listens to this machine alone, so no other name than this machine's can be right in a Host header
+    - hosts: but these, by which a proxy leads to it
     """
 
     model: str
@@ -98,6 +99,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     images_under: Path | None = None
     local: bool = True
+    hosts: tuple[str, ...] = ()
     limits: Limits = Limits()
 
 
@@ -274,7 +276,7 @@ class Server:
         else:
             with _as_bad_request():
                 tools = read_tools(asked.tools)
-                said = self._conversation(asked.messages)
+                said = self._with_pictures(read_messages(results_in_order(asked.messages)))
                 tokens = self.processor.prompt(said, tools=tools, generation_prompt=asked.add_generation_prompt).tokens
         names = [self._name(token) for token in tokens] if asked.return_token_strs else None
         return {"count": len(tokens), "max_model_len": self.settings.context, "tokens": tokens, "token_strs": names}
@@ -293,8 +295,9 @@ class Server:
     async def _chat(self, request: Request) -> Response:
         began = time.monotonic()
         async with self._body(request) as body:
-            asked, pictures = await self._in_thread(self._read_chat, body)
-            job = await self._in_thread(self._chat_job, asked, pictures=pictures)
+            asked, said = await self._in_thread(self._read_chat, body)
+            # Pictures take longer, and wait for threads of their own.
+            job = await self._in_thread(self._chat_job, asked, said, pictures=bool(pictures_in(said)))
         write = _ChatWriter(self, asked)
         return await self._answer(request, asked, job, write, began)
 
@@ -306,16 +309,14 @@ class Server:
 
     # From a request to what the engine is to do.
 
-    def _read_chat(self, body: bytes) -> tuple[ChatRequest, bool]:
-        """The request, and whether it has pictures: these take longer, and wait for threads of their own."""
+    def _read_chat(self, body: bytes) -> tuple[ChatRequest, tuple[conversation.Message, ...]]:
         asked = read_request(body, ChatRequest)
         self._check_model(asked.model)
         check_details(asked.messages)
         with _as_bad_request():
-            said = read_messages(asked.messages)
-        return asked, any(pictures_in([message]) for message in said)
+            return asked, read_messages(results_in_order(asked.messages))
 
-    def _chat_job(self, asked: ChatRequest) -> _Job:
+    def _chat_job(self, asked: ChatRequest, said: tuple[conversation.Message, ...]) -> _Job:
         with _as_bad_request():
             declared = read_tools(asked.tools)
             tools = () if asked.tool_choice == "none" else declared
@@ -327,11 +328,11 @@ class Server:
                     raise ApiError(
                         400, f"tool_choice names {shown(name)}, and no tool is called that.", param="tool_choice"
                     )
-            prompt = self.processor.prompt(self._conversation(asked.messages), tools=tools)
+            prompt = self.processor.prompt(self._with_pictures(said), tools=tools)
         return _Job(
             [prompt],
             [asked.seeds()],
-            [self._room(prompt, asked.new_tokens, "max_completion_tokens")],
+            [self._room(prompt, asked.new_tokens, field="max_completion_tokens", of="messages")],
             self._sampling(asked, asked.top_logprobs if asked.logprobs else 0),
             asked.stops,
             tools or None,
@@ -356,6 +357,8 @@ class Server:
                 )
             return None
         try:
+            if schema is not None:
+                schema = conversation.json_values(schema, "schema")
             return self.grammars.compile(
                 schema=None if required else schema,
                 tools=called,
@@ -368,9 +371,8 @@ class Server:
             message = f"response_format.json_schema.{error}" if of_schema else str(error)
             raise bad_request(message, "response_format" if of_schema else "tools") from None
 
-    def _conversation(self, said: Sequence[Any]) -> tuple[conversation.Message, ...]:
+    def _with_pictures(self, found: Sequence[conversation.Message]) -> tuple[conversation.Message, ...]:
         """The messages, with no picture but those that came with them, or lie where the user allowed it."""
-        found = read_messages(results_in_order(said))
         pictures = pictures_in(found)
         if len(pictures) > MOST_PICTURES:
             raise ValueError(f"messages have {len(pictures)} pictures, and may have {MOST_PICTURES}.")
@@ -417,7 +419,8 @@ class Server:
         sampling = self._sampling(asked, asked.logprobs or 0)
         if asked.echo and asked.logprobs is not None:
             sampling["prompt_scores"] = True
-        room = [self._room(prompt, max(asked.max_tokens, 1), "max_tokens") for prompt in prompts]
+        new = max(asked.max_tokens, 1)
+        room = [self._room(prompt, new, field="max_tokens", of="prompt") for prompt in prompts]
         return asked, _Job(
             prompts, [asked.seeds() for _ in prompts], room, sampling, asked.stops, discard=asked.max_tokens == 0
         )
@@ -434,8 +437,8 @@ class Server:
             "stop_ids": self.tokenizer.stop_ids,
         }
 
-    def _room(self, prompt: Prompt, asked: int | None, field: str) -> int:
-        """How many tokens may follow a prompt."""
+    def _room(self, prompt: Prompt, asked: int | None, *, field: str, of: str) -> int:
+        """How many tokens may follow a prompt. `field` says how many should, and `of` holds the prompt."""
         left = self.settings.context - len(prompt.tokens)
         wanted = 1 if asked is None else asked
         if wanted > left:
@@ -443,7 +446,7 @@ class Server:
                 413,
                 f"the prompt has {len(prompt.tokens)} tokens, and with {wanted} new ones ({field}) these are "
                 f"{len(prompt.tokens) + wanted}: more than the context of {self.settings.context}.",
-                param=field if left >= 1 and asked is not None else "messages" if field[4] == "c" else "prompt",
+                param=field if left >= 1 else of,
                 code="context_length_exceeded",
             )
         return left if asked is None else asked
@@ -543,9 +546,9 @@ class Server:
         if choice.first is None:
             choice.first = now
             self.metrics.first_token.observe(now - began)
-            count -= 1
-        for _ in range(count):  # those of one call come together
-            self.metrics.between_tokens.observe((now - choice.last) / count if choice.last else 0.0)
+        else:
+            for _ in range(count):  # those of one call come together
+                self.metrics.between_tokens.observe((now - choice.last) / count)
         choice.last = now
 
     def _count(self, choice: _Choice, began: float, discard: bool) -> None:
@@ -721,9 +724,12 @@ class _Gate:
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        if self._server.settings.local and _without_port(host) not in ("localhost", "127.0.0.1", "[::1]"):
+        known = ("localhost", "127.0.0.1", "[::1]", *map(str.lower, self._server.settings.hosts))
+        if self._server.settings.local and _without_port(host) not in known:
             raise ApiError(
-                403, f"this server is for this machine, as localhost, and not as {shown(host)}.", code="wrong_host"
+                403,
+                f"this server is for this machine, as localhost, and not as {shown(host)}: --allow-host adds a name.",
+                code="wrong_host",
             )
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:

@@ -53,6 +53,7 @@ def serve(options: ServeOptions, *, read_processor: Callable[[], Processor], loa
                 api_keys=keys,
                 images_under=options.allow_images_under,
                 local=local,
+                hosts=options.allow_host,
             )
             server = Server(engine, processor, settings)
             server.grammars.prepare()

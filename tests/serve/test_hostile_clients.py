@@ -60,7 +60,8 @@ def all_is_well_afterwards(request):
     "body",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": "tiny"', b'{"messages": [' + b"[" * 9000, b"1" * 9000,
      b'{"messages": 1, "messages": 2}', b'{"temperature": NaN}', b'{"seed": 1e400}', b'{"user": "\\ud800"}',
-     b'{"n": ' + b"9" * 5000 + b"}", b'{"' + b"x" * 9000 + b'": 1}', b'{"messages": [{"role": "user", "content": "'],
+     b'{"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema", "json_schema": '
+     b'{"name": "x", "schema": ' + b'{"a":' * 800 + b"1" + b"}" * 803, b'{"n": ' + b"9" * 5000 + b"}", b'{"' + b"x" * 9000 + b'": 1}', b'{"messages": [{"role": "user", "content": "'],
     ids=lambda body: repr(body[:20]),
 )  # fmt: skip
 def test_what_is_no_request_is_a_400_in_openais_form(server, body):
@@ -152,6 +153,12 @@ def test_pages_of_other_sites_cannot_ask(server, headers, status):
     """Neither by a name of theirs that leads here, nor by a request that a browser sends without asking."""
     found, answered, _ = server.request("POST", "/tokenize", {"prompt": "a"}, **headers)
     assert found == status and "access-control-allow-origin" not in answered
+
+
+def test_a_name_that_a_proxy_passes_on_may_be_allowed():
+    with serving(script="fine", settings={"hosts": ("Models.example",)}) as found:
+        assert found.request("GET", "/v1/models", Host="models.example:443")[0] == 200
+        assert found.request("GET", "/v1/models", Host="other.example")[0] == 403
 
 
 def test_unknown_paths_and_methods_are_answered_in_openais_form(server):
