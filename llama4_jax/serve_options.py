@@ -15,7 +15,7 @@ class ServeOptions:
     host: str = "127.0.0.1"  # this machine alone; 0.0.0.0: whoever can reach it, so give --api-key-file too
     port: int = 8000  # 0: a free one, which is printed
     slots: int = 8  # requests that are answered at the same time
-    context: int | None = None  # tokens of a prompt and its reply together; None: 8192; never more than the model is meant for
+    context: int | None = None  # tokens of prompt and reply together, up to the model's; None: 8192
     max_waiting: int = 256  # requests that may wait for a slot; beyond it the answer is 429
     cache: Literal["float", "int8"] = "float"  # keys and values in --dtype, or in int8, of half bfloat16's size
     api_key_file: Path | None = None  # file of keys, one a line: each request must have one of them

@@ -26,6 +26,10 @@ def serve(options: ServeOptions, *, read_processor: Callable[[], Processor], loa
     keys = () if options.api_key_file is None else read_keys(options.api_key_file)
     if options.allow_images_under is not None and not options.allow_images_under.is_dir():
         raise FileNotFoundError(f"--allow-images-under: there is no directory {options.allow_images_under}")
+    if options.context is not None and options.context < 2:
+        raise ValueError(f"--context must be at least 2, a prompt's token and a reply's, got {options.context}.")
+    if not 0 <= options.drain_seconds < float("inf"):
+        raise ValueError(f"--drain-seconds must be a number that is not negative, got {options.drain_seconds}.")
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 (a free one) to {2**16 - 1}, got {options.port}.")
     name = options.model.name or options.model.resolve().name
@@ -33,7 +37,9 @@ def serve(options: ServeOptions, *, read_processor: Callable[[], Processor], loa
         port = taken.getsockname()[1]
         processor = read_processor()
         model = load()
-        context = options.context or min(_CONTEXT, model.config.context_length)
+        context = min(options.context or _CONTEXT, model.config.context_length)
+        if options.context is not None and context < options.context:
+            print(f"{name} is meant for {context:,} tokens at most: so long is the context.", file=sys.stderr)
         with _Bar(f"{name}: compiling for {options.slots} slots of {context:,} tokens") as report:
             engine = Engine(
                 model,

@@ -37,6 +37,8 @@ def test_mistakes_are_told_before_anything_is_loaded(tmp_path, capsys):
     assert "should hold keys" in refused(capsys, tmp_path, "--port", 0, "--api-key-file", keys)
     assert "no directory" in refused(capsys, tmp_path, "--port", 0, "--allow-images-under", tmp_path / "pictures")
     assert "--port must be from 0" in refused(capsys, tmp_path, "--port", 70000)
+    assert "--context must be" in refused(capsys, tmp_path, "--port", 0, "--context", 1)
+    assert "--drain-seconds must be" in refused(capsys, tmp_path, "--port", 0, "--drain-seconds", -1)
     assert "no address to listen to" in refused(capsys, tmp_path, "--port", 0, "--host", "not a host")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
