@@ -8,8 +8,9 @@ from pathlib import Path
 from llama4_jax.infer.engine import Engine
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.processor import Processor
-from llama4_jax.serve.app import Server, Settings
+from llama4_jax.serve.app import Server
 from llama4_jax.serve.http import HttpServer, is_local, listening
+from llama4_jax.serve.settings import Settings
 from llama4_jax.serve_options import ServeOptions
 
 _CONTEXT = 8192
@@ -62,7 +63,7 @@ def serve(options: ServeOptions, *, read_processor: Callable[[], Processor], loa
                 hosts=options.allow_host,
             )
             server = Server(engine, processor, settings)
-            server.grammars.prepare()
+            server.jobs.grammars.prepare()
             if not local and not keys:
                 print(f"anybody who can reach {options.host} may ask: --api-key-file limits that.", file=sys.stderr)
             host = f"[{options.host}]" if ":" in options.host else options.host

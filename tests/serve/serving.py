@@ -12,8 +12,9 @@ from fake_engine import FakeEngine
 
 from llama4_jax.inputs.tokenizer import ByteTokenizer
 from llama4_jax.processor import Processor
-from llama4_jax.serve.app import Limits, Server, Settings
+from llama4_jax.serve.app import Server
 from llama4_jax.serve.http import HttpServer, listening
+from llama4_jax.serve.settings import Limits, Settings
 
 MODEL = "tiny"
 USER = [{"role": "user", "content": "hi"}]

@@ -135,7 +135,7 @@ def test_a_person_talks_with_the_model(tmp_path):
         assert page.run(unnamed) == []
         page.run("document.getElementById('options').click()")
         # Nobody else was asked, and nothing was refused but what this test tried.
-        assert {url.partition("://")[2].partition("/")[0] for url in page.urls if not url.startswith("data:")} == {
+        assert {url.partition("://")[2].partition("/")[0] for url in page.urls if url.startswith(("http", "ws"))} == {
             f"127.0.0.1:{found.port}"
         }
         thrown = [one for one in page.console if "exceptionDetails" in one]
