@@ -25,6 +25,7 @@ def config() -> RunConfig:
         precision=Precision(params="float32", compute="bfloat16"),
         mesh=MeshConfig(data=-1, fsdp=16),
         steps=100_000,
+        grad_accumulation=2,  # so that what `remat` keeps, 25 GB of a device, leaves room
         remat="dots",
         eval_every=1000,
         checkpoint_every=1000,

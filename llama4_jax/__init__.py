@@ -21,6 +21,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llama4_jax.infer.engine import Engine as Engine
     from llama4_jax.infer.generate import generate as generate
     from llama4_jax.model.config import ModelConfig as ModelConfig
     from llama4_jax.model.llama4 import Llama4 as Llama4
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from llama4_jax.weights.save import save as save
 
 _HOME = {
+    "Engine": "llama4_jax.infer.engine",
     "from_pretrained": "llama4_jax.weights.load",
     "generate": "llama4_jax.infer.generate",
     "Llama4": "llama4_jax.model.llama4",

@@ -74,7 +74,9 @@ class Processor:
         from llama4_jax.weights.source import open_config
 
         path = Path(model_directory(path))
-        vision, tokenizer = open_config(path).vision, load_tokenizer(path)
+        model, tokenizer = open_config(path), load_tokenizer(path)
+        tokenizer.leave_free(model.vocab_size)
+        vision = model.vision
         pictures = None if vision is None else image_config(vision, tokenizer, **_cutting(path))
         if template == "meta":
             return cls(tokenizer, pictures)

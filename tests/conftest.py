@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, so that each mesh can be tested on any machine."""
 
 import os
+import pathlib
 
 # Tests compile hundreds of tiny programs once: most of their time is the compiler, which this halves.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
@@ -17,6 +18,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # Subprocess tests start the command line as a user would; keep their thread pools from fighting for four cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def each_program_is_compiled_once():
+    """Also in later runs of the tests, and in the processes that they start: most of the time is the compiler's."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    from llama4_jax.compilation_cache import cpu_kind  # not at the top: jaxtyping wants to see the package imported
+
+    directory = pathlib.Path.home() / ".cache" / "llama4_jax" / f"tests-{cpu_kind()}"
+    options = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -197,20 +197,15 @@ def copy_of(run: Path, place: Path, *, without_steps: tuple[int, ...] = ()) -> P
     return copy
 
 
-def environment(place: Path) -> dict[str, str]:
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(place.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {**os.environ, **cache, "JAX_PLATFORMS": "cpu"}
+def environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
 def start(place: Path, *options: str, script: str = "train.py", **popen) -> subprocess.Popen:
     arguments = [str(place / "config.py")] if script == "train.py" else []
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments, *options],
-        cwd=ROOT, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen,
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen,
     )  # fmt: skip
 
 

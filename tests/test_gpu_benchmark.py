@@ -91,14 +91,21 @@ def test_tf32_and_nan_are_not_float32():
 
 def test_a_slice_of_scout_trains():
     given = {"ceilings": {"product bfloat16 8192³": {"TFLOP/s": 700.0}}}
-    some = "mlp up (default|fp8$)|gradients 1 .* default|whole step 1 .* fp8_row|4 experts by blocks, forward$"
+    some = "mlp up (default|fp8$)|whole step 1 .* default|4 experts by blocks, forward$"
     records = outcome(train.run, some, given)
     none_is_wrong(records)
-    step = records["whole step 1 × 64 fp8_row"]["figures"]
+    step = records["whole step 1 × 64 default"]["figures"]
     assert step["tokens/s"] > 0 and step["planned GiB"] > 0 and step["arguments GiB"] > 0
     flops = step["model TFLOP/s"]
     assert step["of the measured product"] == pytest.approx(flops / 700)
-    assert "4 experts by blocks, forward" in records and "gradients 1 × 64 default" in records
+    assert "4 experts by blocks, forward" in records
+    speedups = outcome(speedup_of_fp8)["fp8 against bfloat16, linear layers alone"]["figures"]
+    assert speedups == {"mlp up": 2.0}
+
+
+def speedup_of_fp8(out, tiny):
+    out.measured |= {"mlp up default": {"ms": 3.0}, "mlp up fp8": {"ms": 1.5}, "expert products fp8": {"ms": 1.0}}
+    train.ratio(out, "linear layers alone", "mlp up {}", "expert products {}")
 
 
 def test_shares_of_a_profile_are_of_the_streams_alone():
@@ -117,13 +124,20 @@ def test_shares_of_a_profile_are_of_the_streams_alone():
     assert train.shares_of([]) == {}
 
 
+def test_the_profiler_writes_what_is_read():
+    events = train.profile(lambda: jnp.ones((64, 64)) @ jnp.ones((64, 64)))
+    assert any(event.get("ph") == "X" for event in events)
+    assert any(event.get("name") == "process_name" for event in events)
+
+
 def test_a_slice_decodes_and_reads():
     given = {"ceilings": {"copy": {"GB/s": 100.0}}}
-    records = outcome(decode.run, given=given)
+    records = outcome(decode.run, "int4", given)
     none_is_wrong(records)
     figures = records["scout int4, 2 rows, 96 held"]["figures"]
     assert figures["share of copy"] == pytest.approx(figures["GB/s"] / 100)
-    assert figures["must read GB"] < records["scout bfloat16, 1 rows, 96 held"]["figures"]["must read GB"]
+    whole = decode.work_of(decode.slice_of("scout", "bfloat16", True), "bfloat16", 2, 96, "decode").model_traffic
+    assert 0 < figures["must read GB"] < 0.6 * whole / 1e9
     assert "reading 96 tokens, scout int4" in records
 
 

@@ -1,10 +1,12 @@
 """infer.py as a user runs it: on a run of train.py, in a process of its own; mistakes in the process of the tests."""
 
 import io
+import itertools
 import json
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from micro_run import (
     PICTURES,
     ROOT,
@@ -24,6 +27,7 @@ from micro_run import (
     start,
 )
 from PIL import Image
+from pressed_at import PressedAt
 
 import infer as script
 import llama4_jax
@@ -32,6 +36,7 @@ import llama4_jax.infer.chat
 from llama4_jax.config import converted_to_json
 from llama4_jax.inputs.messages import Message, Picture
 from llama4_jax.inputs.tokenizer import ByteTokenizer, load_tokenizer
+from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import preset
 
 
@@ -346,13 +351,17 @@ sys.exit(infer.main(["chat", sys.argv[1]]))
 """
 
 
-IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+# With SIGINT ignored, as a script's background jobs and all that they start have it.
+IN_A_TERMINAL = (
+    "import os, pty, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+)
 
 
 def test_ctrl_c_in_a_terminal_stops_a_reply_and_not_the_chat(seeing):
     process = subprocess.Popen(
         [sys.executable, "-c", IN_A_TERMINAL, sys.executable, "-c", SLOW, str(seeing)], cwd=ROOT,
-        env=environment(seeing), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
     )  # fmt: skip
     shown = b""
 
@@ -368,16 +377,42 @@ def test_ctrl_c_in_a_terminal_stops_a_reply_and_not_the_chat(seeing):
         shown = shown[shown.index(words) + len(words) :]
         process.stdin.write(type_then)
 
-    until(b"> ", b"Hi\n")
-    until(b"word word ", b"\x03")
-    until(b"[stopped]")
-    until(b"> ", b"half a line\x03")
-    until(b"> ", b"More?\n")
-    until(b"word word ", b"\x03")
-    until(b"[stopped]")
-    until(b"> ", b"\x04")
-    assert process.wait(60) == 0
-    process.communicate()
+    try:
+        until(b"> ", b"Hi\n")
+        until(b"word word ", b"\x03")
+        until(b"[stopped]")
+        until(b"> ", b"half a line\x03")
+        until(b"> ", b"More?\n")
+        until(b"word word ", b"\x03")
+        until(b"[stopped]")
+        until(b"> ", b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()  # the terminal goes with it, and what runs there
+        process.communicate()
+
+
+def test_ctrl_c_at_any_line_of_the_chat_ends_no_chat(seeing, capsys, monkeypatch):
+    processor = picture_processor()
+    made = nnx.eval_shape(lambda: Llama4(PICTURES, scan_layers=False)), jax.make_mesh((1,), ("data",))
+    monkeypatch.setattr(script, "read_processor", lambda options: processor)
+    monkeypatch.setattr(script, "load", lambda options: made)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for number in itertools.count(1, 2):  # every second: each takes a while
+            monkeypatch.setattr(llama4_jax.infer.chat, "generate", Scripted("one", "two", "three"))
+            typed = "Hi\n/image nowhere.png\n/reset\nMore?\n/quit\n"
+            with PressedAt(number, "infer.py", within=("chat", "ask", "end_reply", "show", "say_calls")) as press:
+                code, stdout, stderr = run_here(capsys, monkeypatch, "chat", str(seeing), typed=typed)
+            if not press.came:
+                break
+            started = ": /image, /system" in stderr
+            done = stdout == "one\ntwo\n"  # when all is said, nothing is left to go on with
+            assert code in ([0, 130] if done else [0] if started else [130]), (number, stderr)
+            assert not started or "one" in stdout or "two" in stdout or "[stopped]" in stderr
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert number > 60 and stdout == "one\ntwo\n"
 
 
 def test_batch_says_by_its_exit_code_whether_all_was_answered(seeing, capsys, monkeypatch, tmp_path):

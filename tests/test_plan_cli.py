@@ -140,6 +140,40 @@ def test_of_gpus_there_is_an_estimate_that_says_it_was_not_compiled(capsys):
     assert code == 0 and "NOT COMPILED" in out and "32 devices" in out
 
 
+@pytest.mark.parametrize(("step", "tokens"), [("train", 64 * 8192), ("prefill", 64 * 512), ("decode", 64)])
+def test_a_plan_says_tokens_a_second_of_all_devices_and_of_one(step, tokens):
+    here = work("scout", step, rows=64)
+    made = estimate(here, MeshConfig(data=1, fsdp=4, expert=8), topology("h100:4x8"))
+    assert made.tokens == tokens
+    assert made.tokens_per_second == pytest.approx(tokens / made.seconds)
+    assert json.loads(made.to_json())["tokens_per_second"] == pytest.approx(made.tokens_per_second)
+    of_all, of_one = (
+        float(re.search(rf"{who} +([\d,.]+)", made.text())[1].replace(",", "")) for who in ("of all devices", "of one")
+    )
+    assert of_all == pytest.approx(made.tokens_per_second, rel=0.02)
+    assert of_one == pytest.approx(made.tokens_per_second / 32, rel=0.02)
+
+
+@pytest.mark.parametrize("where", ["v6e:4x4", "h100:4x8"])
+def test_a_config_on_a_machine_that_its_mesh_does_not_divide_is_planned_on_the_nearest_mesh(capsys, where):
+    code, out, err = run(capsys, "scout_pretrain", "--topology", where)
+    said = "not the mesh of scout_pretrain (--mesh.data -1 --mesh.fsdp 8 --mesh.expert 16), which does not fit"
+    assert code == 1 and "DOES NOT FIT" in out and said in out and said in err
+    code, _, err = run(capsys, "scout_pretrain", "--topology", where, "--mesh.fsdp", "8")  # that was asked for
+    assert code == 2 and "needs a multiple of 128" in err
+
+
+def test_formulas_know_what_dots_keeps_and_computes_again():
+    dots, full, none = (
+        dataclasses.replace(here, config=dataclasses.replace(here.config, remat=remat))
+        for here in [work("scout")] for remat in ("dots", "full", "none")
+    )  # fmt: skip
+    mesh, where = MeshConfig(data=1, fsdp=8, expert=16), topology("v5p:4x4x8")
+    kept, again, whole = (estimate(w, mesh, where) for w in (dots, full, none))
+    assert whole.flops < kept.flops < again.flops
+    assert again.temporaries < kept.temporaries
+
+
 def test_a_search_without_a_compiler_ranks_what_fits_by_formulas(capsys):
     code, out, _ = run(capsys, "scout", "--topology", "h100:8x8", "--batch", "64", "--search")
     rows = [line for line in out.splitlines() if line.startswith("--mesh")]

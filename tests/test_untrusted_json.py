@@ -80,3 +80,27 @@ def test_text_of_others_is_short_printable_and_of_one_line():
     assert shown(10**400) == "an integer of more than 30 digits"
     assert shown([1, "a"]) == "[1, 'a']"
     assert shown({"a": [1] * 10**6}) == "an object of 1 keys"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is there twice"),
+        ('{"a": NaN}', "NaN is no number"),
+        ('{"a": -Infinity}', "-Infinity is no number"),
+        ('{"a": -0}', "-0 is no integer"),
+        ('{"\\ud800": 1}', "surrogates not allowed"),
+        ('{"a": "\\udfff"}', "surrogates not allowed"),
+    ],
+)
+def test_what_only_python_takes_for_json_can_be_refused(text, says):
+    parse_json(text, where="x")
+    with pytest.raises(ValueError, match=f"x is no valid JSON: .*{says}"):
+        parse_json(text, where="x", exact=True)
+    assert parse_json('{"a": [-1, 2.5], "b": {}}', where="x", exact=True) == {"a": [-1, 2.5], "b": {}}
+
+
+@pytest.mark.parametrize(("value", "of"), [("\ud800", int), ({"\ud800": 1}, dict[str, str]), (10**400, float)])
+def test_what_the_library_cannot_say_is_an_error_too(value, of):
+    with pytest.raises(ValueError, match="^x: "):
+        typed([value], list[of], where="x")

@@ -84,9 +84,15 @@ def shapes_of(model: ModelConfig, weights: str) -> tuple[nnx.GraphDef, nnx.State
     return nnx.split(nnx.eval_shape(make))
 
 
-@functools.lru_cache(maxsize=1)  # the next case of the same model has the same weights; another has the memory
+_held: dict[tuple[ModelConfig, str], nnx.State] = {}
+
+
 def weights_of(model: ModelConfig, weights: str) -> nnx.State:
-    return filled_state(shapes_of(model, weights)[1])
+    """Kept for the next case of the same model. Another's are given up first: there is no room for both."""
+    if (model, weights) not in _held:
+        _held.clear()
+        _held[model, weights] = filled_state(shapes_of(model, weights)[1])
+    return _held[model, weights]
 
 
 def cache_of(graphdef: nnx.GraphDef, shapes: nnx.State, rows: int, slots: int):

@@ -128,7 +128,7 @@ def attention_cases(out: Out, tiny: bool) -> None:
                 aligned = segments is one
                 q, k = jnp.zeros(arrays[0].shape, dtype), jnp.zeros(arrays[1].shape, dtype)
                 why = name in OBSTACLES and OBSTACLES[name](
-                    q, k, k, None if aligned else segments, chunk, Order(contiguous=True, aligned=aligned)
+                    q, k, k, None if aligned else jnp.asarray(segments), chunk, Order(contiguous=True, aligned=aligned)
                 )
                 if not why:
                     how = functools.partial(check, name, dtype, positions, segments, chunk, aligned)
@@ -400,15 +400,16 @@ def model_numbers() -> dict[str, np.ndarray]:
     graphdef, params, bias = split_model(model)
 
     @jax.jit
-    def forward_and_backward(params):
+    def forward_and_backward(params, batch):
         def mean_loss(params):
             model = nnx.merge(graphdef, params, bias)
             found = next_token(model, batch, None)
-            return found.total / found.weight, model(batch.tokens, positions=position, segment_ids=segments)
+            at = {"positions": batch.positions, "segment_ids": batch.segment_ids}
+            return found.total / found.weight, model(batch.tokens, **at)
 
         return jax.value_and_grad(mean_loss, has_aux=True)(params)
 
-    (loss, logits), grads = forward_and_backward(params)
+    (loss, logits), grads = forward_and_backward(params, batch)
     found = {"logits": np.asarray(logits)[:, ::16], "loss": np.asarray(loss)}
     # Of each gradient its size, and its sum with signs that differ from place to place.
     for path, leaf in nnx.to_flat_state(grads):

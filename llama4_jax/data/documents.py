@@ -20,6 +20,7 @@ from jaxtyping import Int, Integer, UInt64
 from llama4_jax.atomic import in_bucket
 from llama4_jax.data.watch import Stamp
 from llama4_jax.inputs.messages import Message, Picture, Tool
+from llama4_jax.untrusted_json import shortened
 
 
 class Conversation(NamedTuple):
@@ -124,7 +125,8 @@ def find_files(pattern: str, inside: str) -> tuple[list[epath.Path], list[str]]:
     names = {os.path.relpath(file, root or "."): epath.Path(file) for file in found if os.path.isfile(file)}
     if not names:
         raise FileNotFoundError(
-            f"data.sources: {pattern} matches no file (searched from {os.path.realpath(root or '.')})."
+            f"data.sources: {shortened(os.fspath(pattern), 200)} matches no file (searched from "
+            f"{shortened(os.path.realpath(root or '.'), 200)})."
         )
     return [names[name] for name in sorted(names)], sorted(names)
 

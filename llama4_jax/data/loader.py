@@ -13,10 +13,11 @@ all processes then agree on the number of batches without a word. The last batch
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import grain
+import msgspec
 from grain.experimental import ThreadPrefetchIterDataset
 
 from llama4_jax.data.batch import Batch
@@ -32,6 +33,7 @@ from llama4_jax.data.watch import Watch
 from llama4_jax.inputs.chat import ChatFormat
 from llama4_jax.inputs.image import ImageConfig
 from llama4_jax.inputs.tokenizer import Tokenizer
+from llama4_jax.untrusted_json import typed
 
 Split = Literal["train", "heldout"]
 
@@ -75,7 +77,8 @@ class Loader(Iterator[Batch]):
             raise ValueError(
                 f"the saved place in the data is of other data ({state['data']}) than this ({self._identity}): the "
                 f"files, the tokenizer, and data.sources, heldout_sources, weights, seq_len, batch_size, "
-                f"tiles_per_row, max_tiles, loss_on, heldout_fraction, shuffle_seed and open_documents must be as they were."
+                f"tiles_per_row, max_tiles, loss_on, heldout_fraction, shuffle_seed and open_documents must be as they "
+                f"were."
             )
         missing = [name for name in self._streams if name not in state["streams"]]
         if missing:
@@ -105,12 +108,20 @@ def _close(running: list[grain.DatasetIterator[Batch]]) -> None:
     running.pop().close()
 
 
-def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+class _Place(msgspec.Struct):
+    data: Any
+    batches: int
+    streams: dict[str, Any]
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One state out of those of all processes, for a run that goes on with another number of them.
 
-    Raises ValueError unless all were saved after the same batch of the same data.
+    Raises ValueError unless all were saved after the same batch of the same data, and for what is no such state.
     """
-    first, *others = states
+    first, *others = typed(states, list[dict[str, Any]], where="the saved place in the data")
+    for place in (first, *others):
+        typed(place, _Place, where="the saved place in the data")
     for other in others:
         if (other["data"], other["batches"]) != (first["data"], first["batches"]):
             raise ValueError(

@@ -28,6 +28,7 @@ from etils import epath
 from llama4_jax.atomic import in_bucket
 from llama4_jax.data.documents import Document, Documents, empty_error, find_files, hash64
 from llama4_jax.data.rows import RowReader
+from llama4_jax.data.watch import stamp
 from llama4_jax.untrusted_json import shortened
 
 _CACHE = 1 << 30  # bytes of row groups to keep. The rows of a batch drift apart, so several are in use at a time.
@@ -44,6 +45,7 @@ class ParquetDocuments(Documents):
 
     def __init__(self, spec: str, pattern: str, rows: RowReader, *, strings: bool):
         self._paths, names = find_files(pattern, "*.parquet")
+        stamps = [stamp(path) for path in self._paths]
         self._rows = rows
         self._groups: list[tuple[int, int]] = []  # file, row group in it
         hashes, sizes, largest = [], [], 1
@@ -67,7 +69,8 @@ class ParquetDocuments(Documents):
         if not sum(sizes):
             raise empty_error(spec)
         self._firsts = np.cumsum([0, *sizes])
-        super().__init__(np.concatenate(hashes), sizes=sizes, blocks=np.unique(self._firsts))
+        blocks = np.unique(self._firsts)
+        super().__init__(np.concatenate(hashes), sizes=sizes, blocks=blocks, stamps=stamps)
         self._read = functools.lru_cache(maxsize=max(2, _CACHE // largest))(self._read_group)
 
     def __getitem__(self, index: int) -> Document:

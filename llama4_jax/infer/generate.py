@@ -40,6 +40,19 @@ LogitsProcessor = Callable[[Float[Array, "B V"], Int[Array, "B S"], Int[Array, "
 Tiles = UInt8[np.ndarray, "_ S S c"] | Float[np.ndarray, "_ S S c"]
 
 
+class Past(NamedTuple):
+    """The tokens of each row so far, for a `LogitsProcessor`."""
+
+    tokens: Int[Array, "B S"]  # -1 after the last
+    lengths: Int[Array, " B"]
+
+    def extended(self, token: Int[Array, " B"], real: Bool[Array, " B"]) -> "Past":
+        """By one more token in the rows where it is real."""
+        at = jnp.arange(self.tokens.shape[1]) == jnp.asarray(self.lengths)[:, None]
+        tokens = jnp.where(at & real[:, None], token[:, None], self.tokens)
+        return Past(tokens, self.lengths + real.astype(jnp.int32))
+
+
 def generate(
     model: Llama4,
     prompts: Sequence[Sequence[int]],
@@ -83,7 +96,7 @@ def generate(
     check_cache(cache)
     stop_ids = sorted(set(stop_ids))
     longest = _check(model.config, prompts, max_new_tokens, stop_ids, seed)
-    images = _check_images(model.config.vision, prompts, [None] * len(prompts) if images is None else images)
+    images = check_images(model.config.vision, prompts, [None] * len(prompts) if images is None else images)
     if not prompts:
         return []
 
@@ -142,14 +155,7 @@ def _check(
                 f"stop_ids has {token}, but the model's vocabulary has the ids 0 to {config.vocab_size - 1}."
             )
     for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{row}] is empty: give at least one token, such as the begin-of-text token.")
-        for index, token in enumerate(prompt):
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(
-                    f"prompts[{row}][{index}] is the token id {token}, but the model's vocabulary has "
-                    f"{config.vocab_size} ids, 0 to {config.vocab_size - 1}. Is the tokenizer this model's own?"
-                )
+        check_prompt(prompt, config.vocab_size, f"prompts[{row}]")
         if len(prompt) + max_new_tokens > config.context_length:
             raise ValueError(
                 f"prompts[{row}] has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} exceeds the "
@@ -158,7 +164,19 @@ def _check(
     return max((len(prompt) for prompt in prompts), default=0)
 
 
-def _check_images(
+def check_prompt(prompt: Sequence[int], vocab_size: int, name: str = "the prompt") -> None:
+    """Raises ValueError for a prompt without tokens, and for ids outside of the vocabulary."""
+    if not len(prompt):
+        raise ValueError(f"{name} is empty: give at least one token, such as the begin-of-text token.")
+    for index, token in enumerate(prompt):
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{name}[{index}] is the token id {token}, but the model's vocabulary has {vocab_size} ids, 0 to "
+                f"{vocab_size - 1}. Is the tokenizer this model's own?"
+            )
+
+
+def check_images(
     vision: VisionConfig | None, prompts: Sequence[Sequence[int]], images: Sequence[Tiles | None]
 ) -> list[Tiles]:
     """The tiles of each prompt. Raises ValueError unless they are exactly those that its `<|patch|>` tokens need."""
@@ -250,19 +268,6 @@ def _empty_cache(graphdef, state, rows: int, slots: int, dtype: str | None) -> C
 @use_rules(SERVING)
 def _encode(graphdef, state, tiles: Images) -> Float[Array, "1 patches D"]:
     return nnx.merge(graphdef, state).encode_images(tiles)
-
-
-class Past(NamedTuple):
-    """The tokens of each row so far, for a `LogitsProcessor`."""
-
-    tokens: Int[Array, "B S"]  # -1 after the last
-    lengths: Int[Array, " B"]
-
-    def extended(self, token: Int[Array, " B"], real: Bool[Array, " B"]) -> "Past":
-        """By one more token in the rows where it is real."""
-        at = jnp.arange(self.tokens.shape[1]) == jnp.asarray(self.lengths)[:, None]
-        tokens = jnp.where(at & real[:, None], token[:, None], self.tokens)
-        return Past(tokens, self.lengths + real.astype(jnp.int32))
 
 
 def _past(prompts: Sequence[Sequence[int]], slots: int) -> Past:

@@ -160,14 +160,16 @@ def filtered(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
     """The logits of the distribution that is drawn from: divided by the temperature, -inf where a filter applies."""
     logits = logits / how.temperature
     if how.top_k is not None:
-        logits = jnp.where(_fewest(logits, jnp.ones_like(logits), how.top_k), logits, -jnp.inf)
+        logits = jnp.where(fewest(logits, jnp.ones_like(logits), how.top_k), logits, -jnp.inf)
     if how.top_p is not None:
-        logits = jnp.where(_fewest(logits, jax.nn.softmax(logits, axis=-1), how.top_p), logits, -jnp.inf)
+        logits = jnp.where(fewest(logits, jax.nn.softmax(logits, axis=-1), how.top_p), logits, -jnp.inf)
     return logits
 
 
-def _fewest(
-    values: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, ""] | Int[Array, ""]
+def fewest(
+    values: Float[Array, "B V"],
+    weights: Float[Array, "B V"],
+    target: Float[Array, ""] | Int[Array, ""] | Float[Array, "B 1"] | Int[Array, "B 1"],
 ) -> Bool[Array, "B V"]:
     """The largest values of each row, as few as weigh `target` together; all of them if they weigh less."""
     ordered = _ordered_bits(values)

@@ -246,13 +246,13 @@ def _tool_call(value: Any, where: str) -> ToolCall:
 
 
 def read_arguments(value: Any, where: str) -> dict[str, Any]:
-    """The arguments of a call: a dict, or a string of JSON with one. None and a string of space alone are no arguments,
-    as servers write them for a function that takes none. Raises ValueError, which begins with `where`."""
+    """The arguments of a call: a dict, or a string of JSON with one. None, null and a string of space alone are no
+    arguments, as servers write them for a function that takes none. Raises ValueError, which begins with `where`."""
     said = value
-    if said is None or (isinstance(said, str) and not said.strip()):
-        return {}
     if isinstance(said, str):
-        said = parse_json(said, where=where)
+        said = parse_json(said, where=where) if said.strip() else None
+    if said is None:
+        return {}
     if not isinstance(said, dict):
         raise ValueError(f"{where} should be a dict, or a string of JSON with one, and is {_short(said)}.")
     return json_values(said, where)

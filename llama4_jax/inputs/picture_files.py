@@ -41,7 +41,7 @@ MAX_FILE_BYTES = 2**28
 MAX_TEXT_BYTES = 2**24  # of a PPM whose numbers are written out, which Pillow reads one by one
 # Pillow walks through headers in Python, byte by byte or block by block: so often it may read before it knows what a
 # picture will cost, and until it is decoded. Real headers take hundreds of reads.
-_READS_TO_OPEN, _READS_TO_DECODE = 2**14, 2**21
+_READS_TO_OPEN, _READS_TO_DECODE = 2**14, 2**20
 _MOST_MARKERS = 2**14  # of a JPEG
 
 # Not AVIF: its header may say 64×64 of a picture that takes 12000×12000 to decode.
@@ -217,7 +217,7 @@ def _identify(content: bytes, name: str) -> Image.Image:
             f"{name} is not a picture that can be read: {', '.join(_FORMATS)} can, whatever the file is called."
         ) from error
     except Exception as error:  # damaged headers raise nearly every type there is, and some errors quote the file
-        why = str(error) if isinstance(error, _TooManyReads) else type(error).__name__
+        why = _said(error) if isinstance(error, _TooManyReads) else type(error).__name__
         raise ValueError(f"{name} cannot be opened as a picture: {why}") from error
     file.reads_left = _READS_TO_DECODE
     _check_size(image, name)
@@ -246,10 +246,13 @@ def _attempt(what: Callable[[], Any], image: Image.Image, name: str) -> Any:
         return what()
     except Exception as error:
         kind = f"{image.format} picture" if image.format else "picture"
-        raise ValueError(f"{name} is a {kind} of mode {image.mode} that cannot be decoded: {_said(error)}") from error
+        said = _said(error) if image.format != "PPM" else type(error).__name__  # whose errors quote the file
+        raise ValueError(f"{name} is a {kind} of mode {image.mode} that cannot be decoded: {said}") from error
 
 
 def _said(error: Exception) -> str:
+    if isinstance(error, _TooManyReads):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

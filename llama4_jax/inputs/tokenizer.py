@@ -25,6 +25,7 @@ from jaxtyping import Int, Integer
 from numpy.typing import ArrayLike
 
 from llama4_jax.atomic import write_atomically
+from llama4_jax.untrusted_json import read_json, shown
 
 BPE_FILE = "tokenizer.model"
 BYTES_FILE = "byte_tokenizer.json"
@@ -87,6 +88,13 @@ class Tokenizer(abc.ABC):
         self._is_special[list(self.special_tokens.values())] = True
         self._lengths = np.where(self._is_special, 0, [*map(len, self._bytes)]).astype(np.int32)
 
+    def leave_free(self, vocab_size: int) -> None:
+        """Ids beyond the tokenizer's own and below `vocab_size`, a model's larger vocabulary, stand for nothing: a
+        model may write them until it has learnt that they never come."""
+        free = max(0, vocab_size - len(self._bytes))
+        self._bytes += [b""] * free
+        self._is_special, self._lengths = (np.pad(x, (0, free)) for x in (self._is_special, self._lengths))
+
     @abc.abstractmethod
     def _encode(self, text: str) -> Iterator[ArrayLike]:
         """Ids of the text, in parts: so that a long text is never a list of as many Python integers."""
@@ -125,8 +133,8 @@ class Tokenizer(abc.ABC):
 
     def _checked(self, ids: Iterable[SupportsIndex]) -> np.ndarray:
         array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
-        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
-            wrong = next(i for i in array.flat if not 0 <= i < self.vocab_size)
+        if array.size and (array.min() < 0 or array.max() >= len(self._bytes)):
+            wrong = next(i for i in array.flat if not 0 <= i < len(self._bytes))
             raise ValueError(
                 f"token id {wrong} is out of range: this tokenizer has {self.vocab_size} ids, 0 to "
                 f"{self.vocab_size - 1}. Is it the one that the model was trained with?"
@@ -344,10 +352,11 @@ def _read_ranks(file: bytes, path: epath.Path) -> dict[bytes, int]:
 
 def _read_byte_tokenizer(path: epath.Path) -> ByteTokenizer:
     tokenizer = ByteTokenizer()
-    try:
-        said = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}.") from error
+    said = read_json(path, of=dict, max_bytes=1 << 16)
     if said != {"type": "bytes", "vocab_size": tokenizer.vocab_size}:
-        raise ValueError(f"{path} describes another tokenizer: {said}. This version has {tokenizer.vocab_size} ids.")
+        said = shown(said.get("type")), shown(said.get("vocab_size"))
+        raise ValueError(
+            f"{path} describes another tokenizer, of type {said[0]} with {said[1]} ids. This version has "
+            f"{tokenizer.vocab_size}."
+        )
     return tokenizer

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -83,7 +84,7 @@ class Llama4(nnx.Module):
         precision: Precision | None = None,
         scan_layers: bool = True,
         remat: str = "none",
-        seed: int | Array = 0,
+        seed: int | np.integer | Array = 0,
         attention: str = "auto",
         experts: str = "auto",
     ):

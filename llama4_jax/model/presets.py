@@ -93,7 +93,6 @@ _TINY = ModelConfig(
     moe_interval=1,
     attention_chunk=128,
     temperature_floor=128,
-    router_bias=True,
     context_length=1024,
 )
 

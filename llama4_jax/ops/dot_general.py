@@ -12,6 +12,7 @@ VJP. For float32 operands `lax.dot_general` does as is wanted, once it is told t
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name

@@ -59,12 +59,18 @@ def locked(run: epath.Path, say: Callable[[str], None] = print) -> Iterator[None
         yield
         return
     try:
-        with open(path, "r+") as file:
-            file.truncate()
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        _write(path, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
+        _write(path, "")
         lock.release()
+
+
+def _write(path: str, text: str) -> None:
+    """Who holds the lock, for the message of others: with a full disk it stays unsaid."""
+    with contextlib.suppress(OSError), open(path, "r+") as file:
+        file.truncate()
+        file.write(text)
 
 
 def _by(path: str) -> str:

@@ -52,7 +52,7 @@ from llama4_jax.weights.load import initial_weights
 
 T = TypeVar("T")
 
-_SAMPLED, _SEARCHED = 16_384, 4_000_000  # tokens: to say what share of them are targets; until there must be one
+_SAMPLED, _SEARCHED = 16_384, 1_000_000  # tokens: to say what share of them are targets; until there must be one
 
 
 class NotFinite(RuntimeError):
@@ -173,13 +173,14 @@ def checked_tokenizer(config: RunConfig) -> Tokenizer:
             f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's ({tokenizer.vocab_size}, "
             f"data.tokenizer={config.data.tokenizer!r}).{hint}"
         )
+    tokenizer.leave_free(config.model.vocab_size)
     return tokenizer
 
 
 def share_of_targets(batches: Loader, what: str) -> float:
     """The fraction of tokens, padding not counted, that the first batches give the loss. Leaves the loader where it is.
 
-    Raises ValueError if a few million have none: such a run learns, or measures, nothing.
+    Raises ValueError if the first million has none: such a run learns, or measures, nothing.
     """
     place = batches.get_state()
     tokens = targets = 0
@@ -191,9 +192,8 @@ def share_of_targets(batches: Loader, what: str) -> float:
     batches.set_state(place)
     if not targets:
         raise ValueError(
-            f"none of the first {tokens:,} tokens of {what} is a target of the loss, so there is nothing to learn or to "
-            f"measure. With data.loss_on replies, conversations need messages of the assistant that begin within a row "
-            f"(data.seq_len)."
+            f"none of the first {tokens:,} tokens of {what} is a target of the loss: there is nothing to learn or to "
+            f"measure. With data.loss_on replies, conversations need messages of the assistant."
         )
     return targets / tokens
 
@@ -227,7 +227,7 @@ def restore(
             model, training = split_leaves(state)
             state = with_leaves(state, {**initial_weights(config.init_from, config.model, model), **training})
         return state
-    batches.set_state(merge_states(saved.progress["data"]))
+    batches.set_state(merge_states(saved.progress.get("data")))
     return with_leaves(trainer.abstract, {**saved.model, **saved.training})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +18,7 @@ from llama4_jax.atomic import in_bucket, write_atomically
 from llama4_jax.sharding.chips import of_kind
 from llama4_jax.train import hosts
 from llama4_jax.train.step import StepMetrics
+from llama4_jax.untrusted_json import parse_json
 
 
 def peak_flops(num_devices: int) -> float | None:
@@ -191,15 +193,17 @@ class _LinesInBucket:
     close = flush
 
 
+class _Line(msgspec.Struct):
+    step: int
+
+
 def _forget_after(path: epath.Path, step: int) -> None:
     """Drops lines of steps after `step`, which a resumed run takes again, and a last line that was cut in writing."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
+        with contextlib.suppress(ValueError):
+            if parse_json(line, where=str(path), of=_Line).step <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
     write_atomically(path, "".join(kept))

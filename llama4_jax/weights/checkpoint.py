@@ -227,7 +227,7 @@ def read_progress(checkpoint: epath.PathLike) -> dict[str, Any]:
     """The progress of a checkpoint (`checkpoints/STEP`). Raises ValueError if its bytes do not fit their checksum."""
     handler = ocp.JsonCheckpointHandler()
     progress = dict(handler.restore(epath.Path(checkpoint) / PROGRESS, args=ocp.args.JsonRestore()))
-    expected = progress.pop(_CHECKSUM, None)  # of old checkpoints there is none
+    expected = progress.get(_CHECKSUM)  # of old checkpoints there is none
     if expected is not None and expected != _checksum(progress):
         raise ValueError("progress: its bytes do not fit their checksum")
     return progress
@@ -267,7 +267,8 @@ def replaced_too_often(checkpoints: AnyPath) -> str:
 
 
 def _checksum(progress: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(progress, sort_keys=True).encode())
+    content = {key: value for key, value in progress.items() if key != _CHECKSUM}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _in_every_process(read: bool) -> bool:

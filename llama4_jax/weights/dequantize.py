@@ -112,7 +112,7 @@ class MetaTensors:
         unused = scales.keys() - names.keys()
         if unused:
             first = shortened(min(unused))
-            raise ValueError(f"rank {self.rank} has {len(unused)} scales, such as {first}, of what it does not hold.")
+            raise ValueError(f"rank {self.rank} has scales for {first}, which it does not hold.")
         return names | {name + SCALE: scale for name, scale in scales.items()}
 
     def _shape(self, name: str, tensor: FileTensor) -> Shape:

@@ -57,9 +57,7 @@ def verify(path: str | Path, say: Callable[[str], None]) -> list[str]:
         weights = open_weights(path)
         assert isinstance(weights, FileWeights)
         if weights.digests is None:
-            say(
-                f"{path}: its structure is sound, but it has no {DIGESTS}: there is nothing to hold the values against."
-            )
+            say(f"{path}: its structure is sound, but it has no {DIGESTS} to hold its values against.")
             return []
         tensors_of = read_pth if weights.format == "meta" else lambda file: SafetensorsFile(file).tensors
         files = {name: tensors_of(path / name) for name in weights.digests.files if (path / name).is_file()}

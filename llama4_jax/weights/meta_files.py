@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from llama4_jax.atomic import AnyPath, any_path
-from llama4_jax.untrusted_json import read_json, shortened, shown
+from llama4_jax.untrusted_json import read_json, shortened
 from llama4_jax.weights.mapped import FileTensor, Shape, reserve
 from llama4_jax.weights.safetensors import CONFIG_BYTES
 
@@ -85,7 +85,7 @@ def read_pth(path: AnyPath) -> dict[str, FileTensor]:
         if isinstance(value, io.BytesIO):
             continue
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: {shown(name)} is a {type(value).__name__}, expected a tensor.")
+            raise ValueError(f"{path}: {shortened(str(name)[:200])} is a {type(value).__name__}, expected a tensor.")
         dtype = _numpy_dtype(value.dtype)
         offset = value.untyped_storage()._checkpoint_offset + value.storage_offset() * dtype.itemsize
         if offset + value.numel() * dtype.itemsize > size:

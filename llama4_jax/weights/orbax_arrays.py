@@ -6,7 +6,6 @@ of them by moving them into it.
 """
 
 import asyncio
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,9 @@ import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
 from llama4_jax.atomic import AnyPath, in_bucket
-from llama4_jax.weights.checked_arrays import CHECKSUM, reason_of, tree_handler
+from llama4_jax.untrusted_json import read_json
+from llama4_jax.weights import checked_arrays
+from llama4_jax.weights.checked_arrays import reason_of, tree_handler
 from llama4_jax.weights.checkpoint import MODEL, PROGRESS, with_checksum
 from llama4_jax.weights.table import Index, Shape
 from llama4_jax.weights.workplace import parts_of
@@ -57,7 +58,7 @@ def stored_arrays(checkpoint: AnyPath, item: str = MODEL) -> dict[str, ts.Tensor
     yet."""
     directory = checkpoint / item
     url = str(directory) if in_bucket(directory) else f"file://{directory.absolute()}"
-    metadata = json.loads((directory / "_METADATA").read_text())
+    metadata = read_json(directory / "_METADATA", of=dict)
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
@@ -102,7 +103,7 @@ def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> Sto
                 "shape": list(shape),
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
                 "data_type": dtype.name,
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, CHECKSUM],
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *checked_arrays.CODECS],
             },
             "store_data_equal_to_fill_value": True,
         },
@@ -111,6 +112,12 @@ def create_array(path: Path, shape: Shape, dtype: np.dtype, chunk: Shape) -> Sto
         context=ts.Context({"file_io_sync": False}),
     )
     return StoredArray(store.result())
+
+
+def open_array(path: Path) -> ts.TensorStore:
+    """One that `create_array` made, to be read."""
+    kvstore = {"driver": "file", "path": f"{path.absolute()}/"}
+    return ts.open({"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}, read=True).result()
 
 
 class _Waiting:

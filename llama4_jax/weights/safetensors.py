@@ -187,7 +187,8 @@ class HFCheckpoint:
         files = {}
         for shard in shards:
             if not (self.path / shard).is_file():
-                raise FileNotFoundError(f"missing shard: {index} names {shown(shard)}, which is not in {self.path}.")
+                lost = shortened(shard)
+                raise FileNotFoundError(f"missing shard: {index} names {lost}, which is not in {self.path}.")
             files[shard] = SafetensorsFile(self.path / shard).tensors
         for name, shard in weight_map.items():
             if name not in files[shard]:

@@ -7,13 +7,13 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from llama4_jax.config import converted_to_json
-from llama4_jax.inputs.tokenizer import Tokenizer, holds_tokenizer
+from llama4_jax.inputs.tokenizer import holds_tokenizer
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.weights import hf_config, meta_config
 from llama4_jax.weights.convert import export
@@ -24,17 +24,11 @@ from llama4_jax.weights.workplace import PART_BYTES, Job, Workplace, Write, fini
 _MARK = "saved"  # in the journal of a directory that `save` was writing
 
 
-class _HasTokenizer(Protocol):
-    """A Processor."""
-
-    tokenizer: Tokenizer
-
-
 def save(
     model: Llama4,
     destination: str | os.PathLike,
     *,
-    tokenizer: "Tokenizer | _HasTokenizer | str | os.PathLike | None" = None,
+    tokenizer: Any = None,
     format: Literal["orbax", "hf", "meta"] = "orbax",
     shards: int | None = None,
 ) -> Path:
@@ -61,6 +55,9 @@ def save(
     destination = Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists already: choose another destination, or remove it.")
+    _clear(destination)
+    if _unfinished(destination).exists():
+        raise FileExistsError(f"{_unfinished(destination)} is of a conversion that was interrupted: remove it first.")
     if format != "orbax":
         (hf_config.to_hf_config if format == "hf" else meta_config.to_params)(model.config)  # raises if it has not all
     arrays = {name: variable.get_value() for name, variable in named_variables(model.unscanned()).items()}
@@ -72,13 +69,16 @@ def save(
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
         companions = _companions(tokenizer, Path(scratch) / "tokenizer")
-        if format == "orbax":
-            _write(model, arrays, destination, companions)
-        else:
-            run = Path(scratch) / "run"
+        run = destination if format == "orbax" else Path(scratch) / "run"
+        try:
             _write(model, arrays, run, companions)
-            _clear(destination)
-            export(run, destination, format=format, shards=shards)
+            if format != "orbax":
+                export(run, destination, format=format, shards=shards)
+        except Exception as error:
+            # The workplace keeps what is finished for the same command to go on with: here there is none.
+            shutil.rmtree(_unfinished(destination), ignore_errors=True)
+            error.__notes__ = []
+            raise
     return destination
 
 
@@ -87,7 +87,6 @@ def _write(model: Llama4, arrays: dict[str, jax.Array], destination: Path, compa
     from llama4_jax.weights.orbax_arrays import create_array
 
     jobs = [Job(name, array.shape, np.dtype(array.dtype)) for name, array in arrays.items()]
-    _clear(destination)
     with Workplace(destination, {_MARK: uuid.uuid4().hex}, jobs) as work:
 
         def prepare(job: Job) -> Write:
@@ -110,14 +109,17 @@ def _write(model: Llama4, arrays: dict[str, jax.Array], destination: Path, compa
 
 def _clear(destination: Path) -> None:
     """Removes what a save to this destination left that was killed: its model is gone, so nothing goes on with it."""
-    unfinished = destination.with_name(destination.name + ".unfinished")
-    journal = unfinished / "finished.jsonl"
+    journal = _unfinished(destination) / "finished.jsonl"
     try:
         ours = _MARK in json.loads(journal.read_text().splitlines()[0])
     except (OSError, IndexError, ValueError):
         return
     if ours:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(_unfinished(destination))
+
+
+def _unfinished(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".unfinished")
 
 
 def _chunk(job: Job) -> Shape:

@@ -227,7 +227,7 @@ def damaged(run: AnyPath, step: int, error: Exception) -> str:
 
     return (
         f"checkpoint {run / 'checkpoints' / str(step)} is damaged: {reason_of(error)}. Take an earlier one (move this "
-        f"one away), copy it from where it is sound, or make it anew. llama4 inspect --verify names all that is damaged."
+        f"one away), copy a sound one here, or make it anew. llama4 inspect --verify names all that is damaged."
     )
 
 

@@ -172,13 +172,9 @@ def test_parquet_gives_the_documents_of_the_same_rows_as_jsonl(tmp_path, types):
     """Arrow fills what a row has not with null, at every depth."""
     place = {"where": {"city": "Oslo"}, "days": [{"n": 1}, {"word": "two"}]}
     rows = [
-        conversation(
-            "weather", {"city": "Oslo"}, [declared("weather", city={"type": "string", "enum": ["Oslo", "Rome"]})]
-        ),
+        calling("weather", {"city": "Oslo"}, [declared("weather", city={"type": "string", "enum": ["Oslo", "Rome"]})]),
         calling("clock", {"zone": "UTC"}, [declared("clock", zone={"type": "string"}), declared("stop")]),
-        conversation(
-            "place", place, [declared("place", where={"type": "object", "properties": {"x": {"type": "null"}}})]
-        ),
+        calling("place", place, [declared("place", where={"type": "object", "properties": {"x": {"type": "null"}}})]),
         calling("stop", {}),
     ]
     table = pa.Table.from_pylist(rows)

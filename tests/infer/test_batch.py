@@ -11,12 +11,15 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from micro_run import PICTURES, picture_model, picture_processor
 from PIL import Image
 
 from llama4_jax.infer import batch as module
 from llama4_jax.infer.batch import Progress, answer_file
 from llama4_jax.infer.generate import generate
+from llama4_jax.infer.sampling import check_sampling
 from llama4_jax.model.llama4 import Llama4
 
 PROCESSOR = picture_processor()
@@ -385,3 +388,36 @@ def test_a_real_model_answers_as_generate_does_and_goes_on_where_it_stopped(tmp_
         out.write_bytes(whole[:size])
         answer_file(model, PROCESSOR, tmp_path / "in.jsonl", out, **how)
         assert out.read_bytes() == whole
+
+
+FIELDS = [
+    "messages",
+    "body",
+    "custom_id",
+    "id",
+    "tools",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "max_tokens",
+    "n",
+    "x",
+]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just(asks("hi")["messages"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5), st.integers(0, 10**6), st.binary(max_size=3))
+def test_any_line_is_a_request_or_one_short_error_and_its_reply_is_json(row, place, damage):
+    line = json.dumps(row).encode()
+    for one in (line, line[: place % (len(line) + 1)] + damage + line[place % (len(line) + 1) :]):
+        request = module._read(1, one, module._DEFAULTS)
+        json.dumps(request.custom_id, allow_nan=False)
+        assert request.error is None or 0 < len(request.error) < 500
+        if request.error is None:
+            check_sampling(**{**dict(request.sampling), "seed": dict(request.sampling)["seed"] or 0})

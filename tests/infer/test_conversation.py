@@ -1,14 +1,18 @@
 """A conversation keeps its history, streams what is written, and runs tools, whatever the model writes and whoever
 interrupts it. What the model writes is scripted, but for the last test."""
 
+import concurrent.futures
 import itertools
 import json
 import random
+import signal
+import sys
 
 import numpy as np
 import pytest
 from flax import nnx
 from micro_run import PICTURES, picture_model, picture_processor
+from pressed_at import PressedAt
 
 from llama4_jax.infer import chat as module
 from llama4_jax.infer.chat import Chat, Reply, written_call
@@ -281,6 +285,70 @@ def test_ctrl_c_may_come_at_any_moment(talk):
     assert script.asked[1]["tokens"] == prompt(
         [*said("Time?"), chat.messages[1], {"role": "tool", "content": "23:00"}], tools=[TIME]
     )
+
+
+@pytest.fixture
+def default_handler():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_at_any_line_of_a_reply_stops_it(talk, default_handler):
+    """It is never lost: either the reply says that it was interrupted, or KeyboardInterrupt comes out."""
+    outcomes = set()
+    for number in itertools.count(1, 3):
+        chat, _ = talk(["[get_time(city='Oslo')]", [EOT]], ["It is ", "late.", [EOT]], ["Yes.", [EOT]], tools=[TIME],
+                       functions={"get_time": lambda city: "23:00"})  # fmt: skip
+        try:
+            with PressedAt(number, "infer/chat.py", "infer/interrupt.py") as press:
+                reply = chat.say("Time?")
+            outcome = reply.finish_reason
+        except KeyboardInterrupt:
+            outcome = "raised"
+        if not press.came:
+            break
+        assert outcome in ("interrupted", "raised"), number
+        outcomes.add(outcome)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        module.generate.replies = [["Yes.", [EOT]]]
+        assert chat.say("And now?").message.text == "Yes."
+        assert [m.role for m in chat.messages[-2:]] == ["user", "assistant"]
+    assert number > 60 and outcomes == {"interrupted", "raised"}
+
+
+def test_ctrl_c_that_python_drops_stops_a_reply(talk, default_handler, monkeypatch):
+    """What is raised in a finalizer is printed and dropped; so it is in JAX's callback of the garbage collector."""
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def writes(model, prompts, *, on_tokens, **how):
+        for i in range(100):
+            if i == 2:
+                Finalized()
+            on_tokens([TOKENIZER.encode("word ")])
+
+    chat, _ = talk()
+    monkeypatch.setattr(module, "generate", writes)
+    reply = chat.say("Hi")
+    assert [one.exc_type for one in dropped] == [KeyboardInterrupt]
+    assert (reply.message.text, reply.finish_reason) == ("word word ", "interrupted")
+
+
+def test_elsewhere_ctrl_c_is_what_it_was(talk, default_handler):
+    """In another thread, and where somebody else handles the signal."""
+    chat, _ = talk(["a", [EOT]], ["b", [EOT]])
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        assert thread.submit(chat.say, "Hi").result().message.text == "a"
+    pressed = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    with PressedAt(20, "infer/chat.py"):
+        assert chat.say("Hi").finish_reason == "stop"
+    assert pressed == [signal.SIGINT]
 
 
 def test_whatever_else_is_raised_leaves_the_conversation_as_it_was(talk):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from llama4_jax.infer.sampling import draw, filtered, make_sampling, row_keys, sample
+from llama4_jax.infer.sampling import check_sampling, draw, filtered, make_sampling, row_keys, sample
 
 
 def logits_of(rows: int, vocab: int, seed: int = 0) -> jax.Array:
@@ -104,6 +104,51 @@ def test_a_token_of_probability_zero_is_never_drawn(vocab, seed, u):
     weights[0, rng.integers(vocab)] = 1e-6
     drawn = int(jitted_draw(jnp.asarray(weights / weights.sum()), jnp.array([u], jnp.float32))[0])
     assert weights[0, drawn] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": t} for t in (1e-6, 1e-29, 1e-31, 1e-38, 1e-40, 5e-324)),
+        *({"temperature": 1.0, "top_p": p} for p in (1e-6, 1e-38, 1e-40, 1e-46, 5e-324)),
+        {"temperature": 1e-6, "top_p": 1e-46, "top_k": 2**31 - 1},
+    ],
+)  # fmt: skip
+def test_numbers_too_small_for_a_float32_take_the_most_likely_token(settings):
+    logits = logits_of(4, 1000) * 8
+    for seed in range(3):
+        np.testing.assert_array_equal(
+            sample(logits, make_sampling(**settings), row_keys(seed, 4), 0), logits.argmax(-1)
+        )
+
+
+def test_numbers_at_the_other_end_of_their_range_draw_from_all_tokens():
+    logits = logits_of(1, 50)
+    assert make_sampling(temperature=1.0, top_p=1 - 1e-12).top_p is None
+    drawn = {int(sample(logits, make_sampling(temperature=3e38), row_keys(seed, 1), 0)[0]) for seed in range(40)}
+    assert len(drawn) > 15
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "seed", "max_new_tokens"])
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), -float("inf"), -1, 2**31, 10**400, 1e39, True, np.True_, "0.7", b"1", [], {}, 1j,
+     np.ones(2)],
+    ids=lambda value: f"{value!r:.12}",
+)  # fmt: skip
+def test_what_is_no_number_in_range_is_one_short_error_that_names_it(name, value):
+    if name == "temperature" and type(value) is int and value == 2**31:
+        return  # a temperature like any other
+    with pytest.raises(ValueError, match=f"^{name} must be ") as error:
+        check_sampling(**{name: value})
+    assert len(str(error.value)) < 200
+
+
+def test_numbers_of_every_kind_are_numbers():
+    for kind in (int, np.int32, np.uint8, np.int64, jnp.int32):
+        check_sampling(top_k=kind(3), seed=kind(3), max_new_tokens=kind(3), temperature=kind(1), top_p=kind(1))
+    for kind in (float, np.float32, np.float64, np.float16, jnp.float32, jnp.bfloat16):
+        check_sampling(temperature=kind(0.5), top_p=kind(0.5))
 
 
 def test_values_out_of_range_are_named():

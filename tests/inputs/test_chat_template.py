@@ -284,7 +284,7 @@ HOSTILE_TEMPLATES = {
     "lipsum": "{{ lipsum(n=10**6) }}",
     "doubling": "{% set ns = namespace(x='a') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "a product": "{% set n = 3000000000 %}{{ bos_token * n }}",
-    "a power": "{{ 9 ** 9 ** 9 }}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
     "a wide field": "{{ '%9999999999d' | format(1) }}",
     "output": "{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}",
     "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
@@ -360,7 +360,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join))
 def test_any_template_gives_tokens_or_one_short_error(template):
     try:

@@ -243,7 +243,7 @@ NEAR = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(JSON | NEAR | st.lists(NEAR, max_size=3))
 def test_any_json_is_read_or_a_valueerror(value):
     for read, kind in ((read_messages, Message), (read_tools, Tool)):

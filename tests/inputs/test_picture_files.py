@@ -16,7 +16,7 @@ from image_fixtures.pictures import MODES, TRANSPARENT, picture, planes
 from PIL import Image, TiffImagePlugin
 
 from llama4_jax.inputs import picture_files
-from llama4_jax.inputs.picture_files import MAX_PIXELS, open_frames, open_picture
+from llama4_jax.inputs.picture_files import MAX_PIXELS, MAX_SIDE, file_in, open_frames, open_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about the metadata of damaged files
 
@@ -298,6 +298,55 @@ def test_a_tiff_whose_pieces_lie_on_each_other_is_refused():
         open_picture(image, name="it")
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def narrow(width: int, height: int) -> bytes:
+    rows = zlib.compress(bytes(height * (1 + (width + 7) // 8)))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+ENDLESS = {
+    "a JPEG that begins with fill": b"\xff\xd8" + b"\xff" * 10**8,
+    "a JPEG of junk": b"\xff\xd8" + b"\xff\xfe\x00\x02" + bytes(10**7),
+    "a JPEG of comments": b"\xff\xd8" + b"\xff\xfe\x00\x04ab" * 10**6 + encoded(RGB, "JPEG")[2:],
+    "comments after a JPEG's header": encoded(RGB, "JPEG")[:-2] + b"\xff\xfe\x00\x04ab" * 10**6,
+    "a PNG of texts": narrow(8, 8)[:33] + chunk(b"tEXt", b"k\0v") * 10**5 + narrow(8, 8)[33:],
+    "a GIF of comments": encoded(RGB, "GIF")[:13] + b"\x21\xfe\x01a\x00" * 10**6 + b";",
+    "a PPM with a comment": b"P6 #" + b"c" * 10**7 + b"\n1 1 255\nabc",
+    "a PPM of text": b"P3 4000 4000 255\n" + b"1 " * 9_000_000,
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_file_of_endless_pieces_is_refused_at_once(name):
+    started = time.process_time()
+    with pytest.raises(ValueError, match="^it ") as error:
+        open_picture(ENDLESS[name], name="it")
+    assert time.process_time() - started < 3 and len(str(error.value)) < 300
+
+
+def test_narrow_pictures_are_bounded_by_their_sides():
+    for size in ((1, MAX_SIDE + 1), (MAX_SIDE + 1, 1), (1, 89_000_000)):
+        with pytest.raises(ValueError, match=f"it has {size[0]}×{size[1]} pixels, and .* 65,536 on a side"):
+            open_picture(narrow(size[0], size[1]) if max(size) < 10**6 else narrow(*size)[:60], name="it")
+    assert open_picture(narrow(1, MAX_SIDE), name="it").size == (1, MAX_SIDE)
+
+
+def test_an_error_shows_nothing_of_the_file():
+    for content in (
+        b"TOPSECRET of somebody",
+        b"P6 TOPSECRET 3 255\n",
+        b"P3 2 2 255\nTOPSECRET 1 2",
+        b"P6 3 TOPSECRETTOPSECRET",
+    ):
+        with pytest.raises(ValueError) as error:
+            open_picture(content, name="it")
+        assert "TOP" not in str(error.value)
+
+
 def test_a_jpeg_of_endless_scans_is_refused():
     """Each takes 130 bytes, and a pass over all pixels."""
     data = encoded(Image.new("L", (2000, 2000), 90), "JPEG", progressive=True)
@@ -546,3 +595,19 @@ def test_pillows_limit_is_not_below_ours():
     """Pillow would warn of a picture that we decode."""
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS
     assert TiffImagePlugin.TILEWIDTH == 322 and TiffImagePlugin.TILELENGTH == 323
+
+
+def test_a_path_that_others_wrote_leads_into_its_folder_or_nowhere(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.png").touch(), (tmp_path / "in2").mkdir(), (tmp_path / "in2" / "a.png").touch()
+    (folder / "loop").symlink_to(folder / "loop")
+    for path in ("a.png", "sub/../a.png", folder / "a.png"):
+        assert file_in(folder, folder / path, name="it") == folder / path
+    for path in ("../in2/a.png", "..", "/etc/passwd", tmp_path / "in2" / "a.png", "sub/../../in2/a.png"):
+        with pytest.raises(ValueError, match="it: .* leads out of the folder"):
+            file_in(folder, folder / path, name="it")
+    for path in ("b.png", "sub", "loop", "a" * 5000, "a\0b", "\ud800"):
+        with pytest.raises((FileNotFoundError, ValueError)) as error:
+            file_in(folder, folder / path, name="it")
+        assert len(str(error.value)) < 500

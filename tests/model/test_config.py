@@ -1,10 +1,13 @@
 """The layer pattern, the presets' sizes, and what happens to sizes that do not fit together."""
 
+import dataclasses
+import math
+
 import jax
 import pytest
 from flax import nnx
 
-from llama4_jax.model.config import LayerSpec, ModelConfig, RopeScaling, difference
+from llama4_jax.model.config import FieldError, LayerSpec, ModelConfig, RopeScaling, VisionConfig, difference
 from llama4_jax.model.flops import count_parameters, forward_flops_per_token, mean_visible_keys
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import PRESETS, preset
@@ -20,6 +23,7 @@ SIZES = {
     "expert_mlp_dim": 24,
     "num_experts": 4,
 }
+TWO_EACH = ModelConfig(**SIZES, moe_interval=2)
 
 
 def test_scout_has_experts_everywhere_and_no_positions_in_every_fourth_layer():
@@ -133,3 +137,59 @@ def test_a_difference_names_the_field_and_both_values():
     ours, theirs = ModelConfig(**SIZES), ModelConfig(**{**SIZES, "num_experts": 2})
     assert difference(ours, theirs) == ["num_experts: 4 != 2"]
     assert difference(ours, ours) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_eps": -1.0}, "model.norm_eps must be positive"),
+        ({"norm_eps": 0.0}, "model.norm_eps must be positive"),
+        ({"norm_eps": 1e-50}, "model.norm_eps must be positive .in float32, from 1.2e-38 on., got 1e-50"),
+        ({"norm_eps": math.nan}, "model.norm_eps must be a finite number"),
+        ({"rope_theta": math.inf}, "model.rope_theta must be a finite number"),
+        ({"rope_theta": 1e39}, "model.rope_theta must be a finite number, at most 3.4e"),
+        ({"init_std": -0.1}, "model.init_std must be a finite number of 0 or more"),
+        ({"temperature_coef": -math.inf}, "model.temperature_coef must be a finite number"),
+        ({"num_layers": 2**31}, "model.num_layers must be at most 4,096, got 2147483648"),
+        ({"num_layers": 10**4000}, "model.num_layers must be at most 4,096, got an integer of more than 30 digits"),
+        ({"vocab_size": 2**31}, "model.vocab_size must be at most 2,147,483,647"),
+        ({"num_experts": 0}, "model.num_experts must be at least 1, got 0"),
+        (
+            {"num_experts": 2**16, "moe_interval": 1},
+            "model.num_experts x the layers that have them must be at most 262,144",
+        ),
+        ({"mlp_dim": -1}, "model.mlp_dim must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_once_by_field(change, message):
+    with pytest.raises(FieldError, match=message) as caught:
+        dataclasses.replace(TWO_EACH, **change)
+    assert len(str(caught.value)) < 300 and caught.value.field == next(iter(change))
+
+
+@pytest.mark.parametrize("field", ["factor", "low_freq_factor", "high_freq_factor"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_rope_scaling_is_positive_and_finite(field, value):
+    with pytest.raises(ValueError, match=f"rope_scaling.{field} must be"):
+        RopeScaling(**{field: value})
+
+
+@pytest.mark.parametrize("change", [{"norm_eps": 0.0}, {"rope_theta": math.nan}, {"pixel_shuffle_ratio": 1e-320},
+                                    {"num_layers": 2**31}, {"patch_token_id": -1}, {"image_size": 0}])  # fmt: skip
+def test_the_vision_encoder_has_ranges_too(change):
+    [field] = change
+    with pytest.raises(ValueError, match=f"model.vision.{field} must be"):
+        VisionConfig(**change)
+
+
+def test_what_no_layer_has_may_be_nothing():
+    dense = dataclasses.replace(TWO_EACH, moe_interval=0, num_experts=0, top_k=0, expert_mlp_dim=0)
+    assert dense.num_moe_layers == 0
+    assert dataclasses.replace(TWO_EACH, moe_interval=1, mlp_dim=0).num_moe_layers == 8
+    with pytest.raises(ValueError, match="mlp_dim must be at least 1"):
+        dataclasses.replace(TWO_EACH, moe_interval=2, mlp_dim=0)
+
+
+def test_the_period_of_thousands_of_layers_is_found_at_once():
+    layers = (*(i % 2 == 0 for i in range(4095)), True)
+    assert dataclasses.replace(TWO_EACH, num_layers=4096, moe_layers=layers, nope_interval=0).period == 4095

@@ -131,5 +131,5 @@ def test_dots_keeps_products_on_a_mesh_too_and_computes_only_what_is_cheap_again
 
     (none, right), (dots, kept), (full, _) = (run(remat) for remat in ("none", "dots", "full"))
     assert none < dots < none + 0.5 * (full - none)  # attention alone comes again
-    for a, b in zip(right, kept, strict=True):
-        np.testing.assert_array_equal(a, b)
+    for a, b in zip(right, kept, strict=True):  # XLA:CPU keeps float32 within what it fuses, which is not the same
+        np.testing.assert_allclose(a, b, atol=2**-6 * float(jnp.abs(a).max()))

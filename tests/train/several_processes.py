@@ -74,7 +74,7 @@ def start_all(
     command = command or [str(ROOT / "train.py"), str(place / "config.py")]
     processes = []
     for number, (own, directory) in enumerate(zip(options, where or [ROOT] * len(options), strict=True)):
-        variables = environment(place)
+        variables = environment()
         variables |= {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), variables.get("PYTHONPATH", "")]),
             # JAX keeps what the first process has compiled, and no other: most of the time is the compiler.

@@ -110,6 +110,17 @@ def test_a_checkpoint_is_the_same_whichever_number_of_processes_wrote_it(alone, 
     for name, x in saved.items():
         np.testing.assert_array_equal(copied[name], x, err_msg=name)
 
+    # a flipped bit in what any of the processes wrote is noticed
+    written = [path for path in (source / "checkpoints").rglob("ocdbt.process_*/d/*") if path.stat().st_size > 2000]
+    assert {path.parent.parent.name for path in written} == {"ocdbt.process_0", "ocdbt.process_1"}
+    for number, path in enumerate(written):
+        hurt = shutil.copytree(source, folder / f"hurt_{number}")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        (hurt / path.relative_to(source)).write_bytes(content)
+        with pytest.raises(ValueError, match="all are damaged"):
+            arrays_of(hurt)
+
 
 def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(alone, folder):
     place = new_place(folder / "killed")

@@ -212,6 +212,7 @@ def test_a_reply_is_exact_if_greedy_decoding_would_write_it():
     assert (measured.exact, measured.replies) == (exact, replies)
     assert str(Heldout(1.0, 1, 4)) == "1.0000 bits per byte, 25.0% of 4 replies exact"
     assert "heldout_exact_replies" not in Heldout(1.0, 0, 0).figures()
+    assert str(Heldout(None, 0, 0)) == "no bytes to measure" and Heldout(None, 0, 0).figures() == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

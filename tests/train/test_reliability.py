@@ -1,20 +1,28 @@
 """A run can be killed, starved of disk or damaged at any moment; the same command goes on, with the same numbers."""
 
+import os
+import random
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
+from etils import epath
 from micro_run import (
     EVERY,
+    ROOT,
     STEPS,
     arrays,
     assert_same_run,
     copy_of,
     disturb,
     end,
+    environment,
     figures,
     finished_run,
     last_step,
@@ -22,6 +30,9 @@ from micro_run import (
     start,
     train,
 )  # fmt: skip
+
+from llama4_jax.train.lock import LOCK, locked
+from llama4_jax.weights.checkpoint import Checkpoints
 
 LATER = tuple(range(2 * EVERY, STEPS + 1, EVERY))[1:]  # checkpoints after the first that is kept
 FIRST_KEPT = 2 * EVERY
@@ -112,6 +123,64 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(undisturbed, 
     assert_same_run(run, undisturbed)
 
 
+def test_a_flipped_bit_in_any_array_of_the_newest_checkpoint_makes_it_damaged(undisturbed, place):
+    sound = arrays(undisturbed, STEPS - EVERY)
+    for seed in range(4):
+        run = copy_of(undisturbed, place / str(seed), without_steps=LATER[:-2])
+        draw = random.Random(seed)
+        item = ("model", "training")[seed % 2]
+        files = [path for path in (run / "checkpoints" / str(STEPS) / item).rglob("d/*") if path.stat().st_size > 5000]
+        path = draw.choice(sorted(files))
+        data = bytearray(path.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        said = []
+        checkpoints = Checkpoints(run, say=said.append)
+        found = checkpoints.newest(abstract=lambda: shapes(undisturbed))
+        checkpoints.close()
+        if found.step == STEPS:  # the bit was in what nothing reads any more
+            kept, got = arrays(undisturbed), {**found.model, **found.training}
+        else:
+            assert found.step == STEPS - EVERY and "fit their checksum" in said[0]
+            kept, got = sound, {**found.model, **found.training}
+        for name, x in got.items():
+            np.testing.assert_array_equal(x, kept[name], err_msg=name)
+
+
+def shapes(run):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    checkpoints = Checkpoints(run, read_only=True)
+    items = [checkpoints._handlers[i].metadata(run / "checkpoints" / str(STEPS) / i) for i in ("model", "training")]
+    return tuple({n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in i.items()} for i in items)
+
+
+def test_a_second_training_of_a_run_is_refused_while_the_first_lives_and_only_so_long(undisturbed, place):
+    run = copy_of(undisturbed, place)
+    before = content(run)
+    with locked(epath.Path(run)):
+        result = train(place)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert re.search(rf"{run} is being trained already, by process {os.getpid()} on \S+\. .* --name", result.stderr)
+        assert {**content(run), run / LOCK: b""} == before
+    # One that is killed holds it no longer, though a child that it forked lives on.
+    code = f"""
+import os, signal, time
+from etils import epath
+from llama4_jax.train.lock import locked
+
+with locked(epath.Path({str(run)!r})):
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", code]
+    killed = subprocess.run(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    with locked(epath.Path(run)):
+        pass
+
+
 def test_when_every_checkpoint_is_damaged_it_says_so_and_trains_nothing(set_back, place):
     damage(set_back / "checkpoints" / str(FIRST_KEPT))
     before = content(set_back)
@@ -132,6 +201,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(undisturbed, set_bac
     assert result.returncode == 2
     assert f"a checkpoint could not be written to {set_back}/checkpoints" in result.stderr
     assert f"The earlier checkpoints are intact: {FIRST_KEPT}." in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr) < 1000
     kept = arrays(undisturbed, FIRST_KEPT)
     for name, x in arrays(set_back, FIRST_KEPT).items():
         np.testing.assert_array_equal(x, kept[name], err_msg=name)

@@ -11,6 +11,7 @@ from small_run import MAVERICK, SCOUT, arrays, config, gradients, largest_error,
 from llama4_jax.model.config import Precision
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.next_token import next_token
+from llama4_jax.train.optimizer import OptimizerConfig, at_step
 
 
 @pytest.mark.parametrize("parts", [2, 8])
@@ -54,7 +55,8 @@ def scaled(model, batch, frozen):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_batch_changes_nothing_but_the_counters(bad):
-    small = config()
+    """At a constant rate: the schedule goes by steps, those that are left out included."""
+    small = config(optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=0, schedule="wsd"))
     made = trainer(small, loss=scaled)
     good, poor, other = (packed_batch(small, seed) for seed in range(3))
 
@@ -70,6 +72,7 @@ def test_a_bad_batch_changes_nothing_but_the_counters(bad):
     state, metrics = after([(good, 1), (poor, bad), (poor, bad), (other, 1)])
     expected, _ = after([(good, 1), (other, 1)])
     assert (int(state.step), int(metrics.skipped), int(metrics.bad_steps)) == (4, 2, 0)
+    state, expected = (s._replace(optimizer=at_step(s.optimizer, s.step * 0)) for s in (state, expected))
     for mine, theirs in zip(jax.tree.leaves(state[1:4]), jax.tree.leaves(expected[1:4]), strict=True):
         np.testing.assert_array_equal(mine, theirs)  # parameters, biases and the optimizer's state
 
@@ -109,3 +112,29 @@ def test_the_state_is_donated_so_that_there_are_never_two():
         before = start(made)
         made.step(before, packed_batch(small), None)
     assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.optimizer)))
+
+
+def test_after_steps_that_were_left_out_the_rate_is_that_of_the_step_and_the_logged_one_is_used():
+    """The last of 2 updates and the last of 5 steps of which 3 were left out: each moves the parameters by its rate."""
+    settings = OptimizerConfig(peak_lr=1e-2, warmup_steps=10, weight_decay=0.0)
+
+    def loss(model, batch, factor):
+        out = next_token(model, batch)
+        return out._replace(total=out.total * factor)
+
+    small = config(optimizer=settings, balance=BalanceConfig())
+    made = trainer(small, loss=loss)
+    batch, moved, logged = packed_batch(small), [], []
+    for factors in ((1, 1), (1, np.nan, np.nan, np.nan, 1)):
+        state = start(made)
+        with jax.set_mesh(made.mesh):
+            for factor in factors:
+                before = {name: x.copy() for name, x in arrays(state.params).items()}  # the state is donated
+                state, metrics = made.step(state, batch, np.float32(factor))
+        after = arrays(state.params)
+        moved.append({name: after[name] - before[name] for name in after})
+        logged.append(float(metrics.learning_rate))
+        assert int(state.step) == len(factors) and int(state.skipped) == len(factors) - 2
+    np.testing.assert_allclose(logged, [2e-3, 5e-3], rtol=1e-6)
+    for name, x in moved[0].items():
+        np.testing.assert_allclose(moved[1][name], x * 2.5, rtol=2e-2, atol=3e-6, err_msg=name)

@@ -14,8 +14,10 @@ from oracles.cases import MAVERICK, tokens
 from safetensors.numpy import save_file
 
 import llama4_jax
+from llama4_jax.cli import main
 from llama4_jax.weights.convert import convert, export
 from llama4_jax.weights.dequantize import steps
+from llama4_jax.weights.inspect import describe
 from llama4_jax.weights.safetensors import HFCheckpoint, SafetensorsFile
 from llama4_jax.weights.source import open_weights
 from llama4_jax.weights.table import Row
@@ -115,3 +117,52 @@ def test_a_step_is_the_distance_to_the_next_number_of_the_format():
     np.testing.assert_array_equal(steps(row, stored), expected)
     for packed in (np.zeros((256, 1), np.int8), np.zeros((128, 1), np.uint8)):
         np.testing.assert_array_equal(steps(row, Stored(packed, 2)), np.repeat(np.float32([0.5, 3]), 128)[:, None])
+
+
+ATTENTION = "model.layers.0.self_attn."
+OF_ACTIVATIONS = {
+    "compressed-tensors": [
+        *(ATTENTION + name for name in ("q_proj.input_scale", "o_proj.output_scale", "k_scale", "v_scale", "q_scale")),
+        "model.layers.1.feed_forward.experts.0.gate_proj.input_scale",
+        "model.layers.1.feed_forward.experts.1.down_proj.input_zero_point",
+    ],
+    "fbgemm": [
+        "model.layers.1.feed_forward.experts.gate_up_proj_input_scale",
+        "model.layers.1.feed_forward.experts.down_proj_input_scale",
+        ATTENTION + "q_proj.input_scale_ub",
+        ATTENTION + "k_proj.k_scale",
+        ATTENTION + "v_proj.v_scale",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", OF_ACTIVATIONS)
+@pytest.mark.parametrize("keep_quantized", [False, True])
+def test_scales_of_activations_change_nothing_and_are_said(kind, keep_quantized, tmp_path, capsys):
+    for name in ("plain", "static"):
+        quantized_hf(tmp_path / name, kind=kind)
+    file = tmp_path / "static" / "model.safetensors"
+    one = np.ones(1, np.float32)
+    tensors = {name: tensor.map().copy() for name, tensor in SafetensorsFile(file).tensors.items()}
+    save_file(tensors | dict.fromkeys(OF_ACTIVATIONS[kind], one), file)
+    plain = open_weights(tmp_path / "plain", keep_quantized=keep_quantized)
+    static = open_weights(tmp_path / "static", keep_quantized=keep_quantized)
+    assert static.names == plain.names
+    for name in plain.names:
+        np.testing.assert_array_equal(static.read(name), plain.read(name))
+    assert sorted(static.plan.activation_scales) == sorted(OF_ACTIVATIONS[kind])
+    said = f"{len(OF_ACTIVATIONS[kind])} scales of activations, such as "
+    assert not plain.notices and static.notices[0].startswith(said)
+    assert said in describe(tmp_path / "static") and said not in describe(tmp_path / "plain")
+    flags = ["--keep-quantized"] if keep_quantized else []
+    assert main(["convert", str(tmp_path / "static"), str(tmp_path / "run"), *flags]) == 0
+    assert said in capsys.readouterr().err
+
+
+def test_scales_of_activations_of_no_layer_that_is_known_are_unknown(tmp_path):
+    quantized_hf(tmp_path, kind="fbgemm")
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.map().copy() for name, tensor in SafetensorsFile(file).tensors.items()}
+    save_file(tensors | {"model.layers.0.cross_attn.q_proj.input_scale": np.ones(1, np.float32)}, file)
+    with pytest.raises(ValueError, match=r"unknown: model\.layers\.0\.cross_attn\.q_proj\.input_scale"):
+        open_weights(tmp_path)

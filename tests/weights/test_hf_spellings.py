@@ -13,7 +13,9 @@ from transformers import AutoConfig, Llama4Config, Llama4ForCausalLM, Llama4Text
 
 import llama4_jax
 from llama4_jax.model.config import ModelConfig
+from llama4_jax.weights.convert import convert, export
 from llama4_jax.weights.hf_config import model_config, to_hf_config
+from llama4_jax.weights.source import open_config
 
 TINY = {
     "model_type": "llama4_text", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24,
@@ -172,6 +174,21 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     again = to_hf_config(ours.config)
     assert model_config(again) == ours.config
     assert_the_same(ours.config, theirs(again, tmp_path))
+
+
+def test_a_dense_model_goes_to_our_format_and_back_without_experts(tmp_path):
+    model = Llama4ForCausalLM(Llama4TextConfig(**TINY | LOGITS["no experts at all"]))
+    hf.random_weights(model, seed=3)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "run")
+    config = open_config(tmp_path / "run")
+    assert (config.num_experts, config.top_k, config.expert_mlp_dim, config.num_moe_layers) == (0, 0, 0, 0)
+    export(tmp_path / "run", tmp_path / "again", format="hf")
+    again = Llama4ForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert again.config.num_local_experts == 0
+    expected = model.state_dict()
+    assert expected.keys() == again.state_dict().keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_once import each_program_is_compiled_once  # noqa: F401
 from make_quantized import EXPERTS, quantized_hf, quantized_meta
 from oracles import hf
 from oracles.cases import SCOUT

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from compiled_once import each_program_is_compiled_once  # noqa: F401
 from oracles import hf, meta, ours
 from oracles.cases import BY_NAME, MAVERICK, SCOUT
 from safetensors.torch import load_file, save_file
@@ -343,7 +342,7 @@ def test_halves_of_the_experts_matrix_that_are_swapped_are_named(checkpoint, tmp
 
     against = with_weights(checkpoint(SMALL), tmp_path / "b", change)
     report = compare(checkpoint(SMALL), against=against)
-    assert_names(report, 1, "feed-forward output", {}, "layers.1.moe.gate_up (gate and up are swapped)")
+    assert_names(report, 1, "feed-forward output", {}, "layers.1.moe.gate_up (gate and up are exchanged;")
 
 
 def test_a_cache_that_forgets_shows_in_decoding_alone(checkpoint, monkeypatch):

@@ -63,7 +63,7 @@ FAULTS = {
     "scaled": (TABLE, lambda x: x * np.float32(8), ("V D", ""), "scaled", "times 8"),
     "scaled by a tenth more": (ROUTER, lambda x: x * np.float32(1.1), ("D E", "D"), "scaled", "times 1.1"),
     "negated": (ROUTER, lambda x: -x, ("D E", "D"), "scaled", "the other sign"),
-    "a head scaled": (Q, lambda x: changed(x, one_head), OF_Q, "scaled", "head 3 alone: ours is the reference's times 2"),
+    "a head scaled": (Q, lambda x: changed(x, one_head), OF_Q, "scaled", "head 3 alone: ours is the reference's times"),
     "a norm multiplied in": (Q, lambda x: x * NORM[:, None, None], OF_Q, "scaled by axis", "channels of the embedding"),
     "norm plus one": (NORM, lambda x: x + 1, ("D", ""), "shifted", "plus 1"),
     "zeros": (Q, np.zeros_like, OF_Q, "zero", "all are 0"),

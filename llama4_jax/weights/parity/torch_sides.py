@@ -10,7 +10,6 @@ asked for.
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from unittest import mock
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from llama4_jax.untrusted_json import read_json
 from llama4_jax.weights.parity.sides import CHOSEN, Stages, Tensors, positions_at_once, watching
 from llama4_jax.weights.source import Weights
 from llama4_jax.weights.table import Row, rows, write_boxes
@@ -208,7 +208,7 @@ class Meta:
         self.code, self.embedding, self.linear = code, VocabParallelEmbedding, ColumnParallelLinear
         self.label = f"llama-models in float32: {weights.path}"
         self.config, self.weights = weights.config, weights
-        params = json.loads((Path(weights.path) / "params.json").read_text(encoding="utf-8"))
+        params = read_json(Path(weights.path) / "params.json", of=dict)
         params |= {"vocab_size": self.config.vocab_size, "max_batch_size": batch, "max_seq_len": length}
         self.args = ModelArgs(**{**params, "vision_args": None})
         self.rows = rows(self.config)

@@ -1,0 +1,253 @@
+"""Many requests at once, each as if it were alone."""
+
+import random
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama4_jax.infer import engine as module
+from llama4_jax.infer.engine import Engine, EngineDied, Full
+from llama4_jax.infer.generate import generate
+from llama4_jax.model.config import ModelConfig, Precision, VisionConfig
+from llama4_jax.model.llama4 import Llama4
+
+VISION = VisionConfig(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=64, image_size=8, patch_size=4, adapter_dim=16,
+                      output_dim=16, patch_token_id=49)  # fmt: skip
+CONFIG = ModelConfig(
+    vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, expert_mlp_dim=24,
+    num_experts=3, moe_interval=2, nope_interval=2, attention_chunk=16, temperature_floor=4, context_length=256,
+    init_std=0.3, vision=VISION,
+)  # fmt: skip
+HOW = {"slots": 3, "context": 128, "piece": 8, "read_budget": 16}
+TILE = VISION.image_size, VISION.image_size, VISION.num_channels
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama4:
+    return Llama4(CONFIG, seed=1).unscanned()
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with Engine(model, **HOW, max_waiting=100) as engine:
+        yield engine
+
+
+def requests(count: int, seed: int, pictures: bool = False) -> list[dict]:
+    draw = np.random.default_rng(seed)
+    asked = []
+    for i in range(count):
+        prompt = draw.integers(0, 49, draw.integers(1, 60)).tolist()
+        said = {"max_new_tokens": int(draw.integers(1, 20)), "seed": int(draw.integers(100)), "stop_ids": [3]}
+        said |= [{}, {"temperature": 0.9}, {"temperature": 1.1, "top_k": 5}, {"temperature": 0.8, "top_p": 0.7}][i % 4]
+        if pictures and i % 3 == 0:
+            tiles = draw.integers(0, 256, (2, *TILE), dtype=np.uint8)
+            prompt += [VISION.patch_token_id] * (2 * VISION.tokens_per_tile) + draw.integers(0, 49, 5).tolist()
+            said["tiles"] = tiles
+        asked.append({"prompt": prompt, **said})
+    return asked
+
+
+def answers(engine: Engine, asked: list[dict]) -> list[list[tuple[int, float]]]:
+    handles = [engine.submit(**one) for one in asked]
+    return [[(token.id, token.logprob) for token in handle.result()] for handle in handles]
+
+
+def alone(engine: Engine, asked: list[dict]) -> list[list[tuple[int, float]]]:
+    return [answers(engine, [one])[0] for one in asked]
+
+
+def test_what_a_request_gets_is_what_generate_gives_it(model, engine):
+    asked = requests(4, seed=0, pictures=True)
+    for one, got in zip(asked, answers(engine, asked), strict=True):
+        one = dict(one)
+        prompt, tiles = one.pop("prompt"), one.pop("tiles", None)
+        assert [id for id, _ in got] == generate(model, [prompt], images=[tiles], **one)[0]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_it_depends_on_nothing_beside_it(model, engine, kind):
+    """Bit for bit, log-probabilities too: alone or among others, in whatever order they come, found in the cache or
+    not."""
+    asked = requests(16, seed=1, pictures=True)
+    other = None
+    if kind != "float32":
+        precision = Precision(compute="bfloat16") if kind == "bfloat16" else Precision()
+        other = Engine(Llama4(CONFIG, seed=1, precision=precision).unscanned(), **HOW,
+                       cache="int8" if kind == "int8" else "float")  # fmt: skip
+    used = other or engine
+    want = alone(used, asked)
+    for shuffle in range(3):
+        order = random.Random(shuffle).sample(range(len(asked)), len(asked))
+        got = answers(used, [asked[i] for i in order])
+        assert [got[order.index(i)] for i in range(len(asked))] == want
+    if other is not None:
+        other.close()
+
+
+def scored(model: Llama4, prompt: list[int], reply: list[int]) -> np.ndarray:
+    """Whether each token of a reply is the likeliest, by one pass over all of it."""
+    tokens = np.zeros((1, HOW["context"]), np.int32)
+    tokens[0, : len(prompt) + len(reply)] = prompt + reply
+    return np.asarray(likeliest(model, tokens))[0, len(prompt) - 1 :][: len(reply)] == reply
+
+
+likeliest = jax.jit(lambda model, tokens: jnp.argmax(model(tokens), axis=-1))
+
+
+def test_what_others_began_with_is_not_read_again(engine, model):
+    draw = np.random.default_rng(7)
+    system = draw.integers(0, 49, 45).tolist()
+    asked = [system + draw.integers(0, 49, 6).tolist() for _ in range(4)]
+    first = engine.submit(asked[0], max_new_tokens=4)
+    first.result()
+    handles = [engine.submit(prompt, max_new_tokens=4) for prompt in asked[1:]]
+    for prompt, handle in zip(asked[1:], handles, strict=True):
+        assert scored(model, prompt, [token.id for token in handle.result()]).all()
+    # The first came to 54 tokens, so its chunked layers hold 48 … 53: others begin where a chunk and a piece begin.
+    assert first.cached_tokens == 0 and [handle.cached_tokens for handle in handles] == [32] * 3
+
+
+def test_the_next_turn_reads_what_is_new(engine, model):
+    draw, prompt = np.random.default_rng(8), np.random.default_rng(9).integers(0, 49, 20).tolist()
+    found, read = [], []
+    for _ in range(4):
+        handle = engine.submit(prompt, max_new_tokens=7)
+        reply = [token.id for token in handle.result()]
+        assert scored(model, prompt, reply).all()
+        found.append(handle.cached_tokens)
+        read.append(handle.prompt_tokens)
+        prompt = prompt + reply + draw.integers(0, 49, 5).tolist()
+    # At worst a turn begins again with the chunk (of 16) before that to which the reply before it had come.
+    assert found[0] == 0 and all(now >= before // 16 * 16 - 16 for now, before in zip(found[1:], read, strict=False))
+    assert sum(found) >= 64
+
+
+def test_a_request_that_is_cancelled_frees_its_slot_and_harms_nobody(engine):
+    asked = requests(9, seed=3)
+    want = alone(engine, asked)
+    endless = [engine.submit([5, 6, 7], max_new_tokens=120, temperature=1.0, seed=i) for i in range(5)]
+    handles = [engine.submit(**one) for one in asked]
+    next(endless[0].tokens())
+    for handle in endless:
+        handle.cancel()
+    assert [[(token.id, token.logprob) for token in handle.result()] for handle in handles] == want
+    assert {handle.finish_reason for handle in endless} <= {"cancelled", "length"} and endless[4].result() == []
+    assert {handle.finish_reason for handle in handles} <= {"stop", "length"}
+    assert engine.stats.running <= 3 and engine._open == 0
+
+
+def test_a_prompt_is_scored(engine, model):
+    prompt = np.random.default_rng(4).integers(0, 49, 37).tolist()
+    handle = engine.submit(prompt, max_new_tokens=0, prompt_scores=True, top_logprobs=3)
+    assert handle.result() == [] and handle.finish_reason == "length" and handle.prompt_scores[0] is None
+    log_softmax = jax.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens).astype(jnp.float32), axis=-1))
+    want = log_softmax(model, jnp.asarray([prompt]))[0, :-1]
+    scores = handle.prompt_scores[1:]
+    assert [score.id for score in scores] == prompt[1:]
+    np.testing.assert_allclose([score.logprob for score in scores], want[np.arange(36), prompt[1:]], atol=2e-5)
+    assert [score.top[0][0] for score in scores] == jnp.argmax(want, axis=-1).tolist() and len(scores[0].top) == 3
+    more = engine.submit(prompt, max_new_tokens=3, prompt_scores=True)
+    assert len(more.result()) == 3 and len(more.prompt_scores) == 37
+
+
+class Even:
+    """Allows even ids, and 3 after the fourth."""
+
+    def __init__(self):
+        self.seen: list[int] = []
+
+    def mask(self):
+        mask = np.full((2,), 0x55555555, np.uint32)
+        return np.array([8, 0], np.uint32) if len(self.seen) == 4 else mask
+
+    def accept(self, token):
+        self.seen.append(token)
+
+
+def test_a_constraint_is_kept_and_others_do_not_feel_it(engine):
+    asked = requests(4, seed=5)
+    want = alone(engine, asked)
+    constraints = [Even(), Even()]
+    bound = [engine.submit([1, 2, 3], max_new_tokens=20, temperature=2.0, stop_ids=[3], seed=i, constraint=constraint)
+             for i, constraint in enumerate(constraints)]  # fmt: skip
+    assert answers(engine, asked) == want
+    for handle, constraint in zip(bound, constraints, strict=True):
+        ids = [token.id for token in handle.result()]
+        assert ids == constraint.seen and ids[-1] == 3 and all(id % 2 == 0 for id in ids[:4]) and len(ids) == 5
+
+
+def test_nothing_is_compiled_after_the_start(engine):
+    programs = [module._read, module._decode, module._copy, module._encode, module._start]
+    before = [program._cache_size() for program in programs]
+    answers(engine, requests(6, seed=6, pictures=True))
+    engine.submit([1] * 30, max_new_tokens=2, frequency_penalty=1.0, logit_bias={4: 5.0}, top_logprobs=2).result()
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_listeners_hear_every_token_and_the_end(engine):
+    heard, done = [], threading.Event()
+
+    def hear(handle, new):
+        heard.extend(new)
+        if handle.done:
+            done.set()
+        raise RuntimeError("what a listener raises is its own")
+
+    handle = engine.submit([1, 2, 3], max_new_tokens=30)
+    handle.listen(hear)
+    assert done.wait(60) and heard == handle.result() and len(heard) == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": [50]}, r"the prompt\[0\] is the token id 50"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 126}, "has 3 tokens, which with max_new_tokens=126 exceeds the engine's context of 128"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_logprobs": 21}, "top_logprobs must be below 21"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty must be a number from -100 to 100"),
+        ({"logit_bias": {50: 1.0}}, "logit_bias has 50, but the vocabulary has the ids 0 to 49"),
+        ({"logit_bias": {5: float("nan")}}, r"logit_bias\[5\] must be a number"),
+        ({"stop_ids": list(range(9))}, "stop_ids has 9 ids, and 8 are the most"),
+        ({"prompt": [{"role": "user", "content": "hi"}]}, "the engine has no processor"),
+        ({"tiles": np.zeros((1, *TILE), np.uint8)}, "has 0 <|patch|> tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(engine, change, says):
+    with pytest.raises(ValueError, match=says.replace("|", r"\|")):
+        engine.submit(**{"prompt": [1, 2, 3], "max_new_tokens": 4, **change})
+
+
+def test_a_full_queue_and_a_death_are_said(model, monkeypatch):
+    engine = Engine(model, **HOW, max_waiting=1)
+    held = threading.Event()
+    decode = module._decode
+
+    def slow(*args):
+        held.wait()
+        return decode(*args)
+
+    monkeypatch.setattr(module, "_decode", slow)
+    handles = [engine.submit([1, 2], max_new_tokens=9) for _ in range(4)]
+    with pytest.raises(Full, match="3 requests run and 1 wait, which is all that may"):
+        engine.submit([1, 2], max_new_tokens=9)
+
+    def broken(*args):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(module, "_decode", broken)
+    held.set()
+    for handle in handles:
+        with pytest.raises(EngineDied):
+            handle.result()
+        assert str(handle.error) == "the device is gone"
+    assert not engine.alive
+    with pytest.raises(EngineDied):
+        engine.submit([1, 2], max_new_tokens=9)
+    engine.close()
