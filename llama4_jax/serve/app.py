@@ -53,7 +53,7 @@ class Server:
         self.engine, self.processor, self.settings = engine, processor, settings
         self.tokenizer = processor.tokenizer
         self.jobs = Jobs(processor, settings)
-        self.metrics = Metrics(settings.model, engine.stats)
+        self.metrics = Metrics(settings.model, lambda: engine.stats)
         self.created = int(time.time())
         self.bodies = 0
         self._text_threads, self._picture_threads = anyio.CapacityLimiter(4), anyio.CapacityLimiter(2)

@@ -1,11 +1,12 @@
 """Figures for Prometheus, under vLLM's names where they mean the same, so that its dashboards show this server too."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from llama4_jax.infer.engine import Stats
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
@@ -15,10 +16,10 @@ _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 class Metrics:
     """One server's figures, in a registry of its own.
 
-    - stats: gives what the engine is doing now: running, waiting and slots
+    - stats: gives what the engine is doing now: running, waiting, slots, misses
     """
 
-    def __init__(self, model: str, stats: Callable[[], Any]):
+    def __init__(self, model: str, stats: Callable[[], Stats]):
         self.registry = CollectorRegistry()
         labels = {"labelnames": ("model_name",), "registry": self.registry}
 
@@ -65,7 +66,7 @@ class Metrics:
 class _Engine(Collector):
     """What the engine is doing, read when it is asked for."""
 
-    def __init__(self, model: str, stats: Callable[[], Any]):
+    def __init__(self, model: str, stats: Callable[[], Stats]):
         self._model, self._stats = model, stats
 
     def collect(self) -> Iterator[Metric]:
@@ -79,3 +80,9 @@ class _Engine(Collector):
             gauge = GaugeMetricFamily(name, text, labels=("model_name",))
             gauge.add_metric((self._model,), value)
             yield gauge
+        misses = CounterMetricFamily(
+            "llama4:prefix_cache_misses", "Prompts of which nothing came from a cache", labels=("model_name", "reason")
+        )
+        for reason, count in list(stats.misses.items()):
+            misses.add_metric((self._model, reason), count)
+        yield misses

@@ -6,51 +6,17 @@ writes among what is allowed, and rather what closes something, so that it comes
 
 import itertools
 import random
-import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-try:
-    from llama4_jax.infer.engine import Engine, EngineDied, Full, Handle, Sampled
-except ImportError:
-
-    class Sampled(NamedTuple):
-        id: int
-        logprob: float
-        top: tuple[tuple[int, float], ...]
-
-    class Full(RuntimeError):
-        pass
-
-    class EngineDied(RuntimeError):
-        pass
-
-    class Handle:
-        pass
-
-    class Engine:
-        pass
-
-    stub = types.ModuleType("llama4_jax.infer.engine")
-    stub.Sampled, stub.Full, stub.EngineDied, stub.Handle, stub.Engine = Sampled, Full, EngineDied, Handle, Engine
-    sys.modules[stub.__name__] = stub
-
+from llama4_jax.infer.engine import Engine, EngineDied, Full, Handle, Sampled, Stats
 
 _CLOSING = tuple(b'"}])')
-
-
-@dataclass
-class Stats:
-    running: int
-    waiting: int
-    slots: int
-    context: int
 
 
 @dataclass(eq=False)
@@ -125,8 +91,9 @@ class FakeEngine(Engine):
             self._change.notify()
         return handle
 
+    @property
     def stats(self):
-        return Stats(len(self._running), len(self._waiting), self.slots, self.context)
+        return Stats(self.slots, self.context, waiting=len(self._waiting), running=len(self._running))
 
     def close(self):
         with self._change:

@@ -52,7 +52,7 @@ class Serving:
 
     def idle(self, seconds=10.0):
         """Waits until nothing runs."""
-        return wait_until(lambda: not (self.engine.stats().running or self.engine.stats().waiting), seconds)
+        return wait_until(lambda: not (self.engine.stats.running or self.engine.stats.waiting), seconds)
 
 
 def wait_until(condition, seconds=10.0):
@@ -70,7 +70,7 @@ def serving(*, processor=None, engine=None, drain_seconds=5.0, limits=None, sett
     processor = processor or Processor(ByteTokenizer())
     engine = engine or FakeEngine(processor.tokenizer, **of_engine)
     settings = {"limits": Limits(**(limits or {})), **(settings or {})}
-    server = Server(engine, processor, Settings(MODEL, engine.stats().context, 320, **settings))
+    server = Server(engine, processor, Settings(MODEL, engine.stats.context, 320, **settings))
     http_server = HttpServer(server, drain_seconds=drain_seconds)
     with listening("127.0.0.1", 0) as taken:
         thread = threading.Thread(target=http_server.run, args=([taken],))

@@ -174,15 +174,15 @@ def test_a_client_that_goes_away_frees_its_slot(when, stream):
     with serving(slots=1, delay=0.01) as found:
         if when == "waiting":
             other = found.post(CHAT, {"messages": USER, "stream": True})
-            assert wait_until(lambda: found.engine.stats().running == 1)
+            assert wait_until(lambda: found.engine.stats.running == 1)
         connection = found.post(CHAT, {"messages": USER, "stream": stream, "n": 2})
-        assert wait_until(lambda: found.engine.stats().waiting == (2 if when == "waiting" else 1))
+        assert wait_until(lambda: found.engine.stats.waiting == (2 if when == "waiting" else 1))
         connection.close()
-        assert wait_until(lambda: found.engine.stats().waiting == 0, 3)
+        assert wait_until(lambda: found.engine.stats.waiting == 0, 3)
         gone = found.engine.requests[-2:]
         assert wait_until(lambda: all(one.finish_reason == "cancelled" for one in gone), 3)
         if when == "waiting":
-            assert found.engine.stats().running == 1  # the other goes on
+            assert found.engine.stats.running == 1  # the other goes on
             other.close()
         assert found.idle(3)
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from llama4_jax.infer.engine import Engine
 from micro_run import picture_model, picture_processor
 from PIL import Image
 from serving import USER, serving, wait_until
 
 from llama4_jax import generate
+from llama4_jax.infer.engine import Engine
 from llama4_jax.inputs.tool_calls import parse_reply
 
 SMALL = {
@@ -117,6 +117,21 @@ def test_a_client_that_goes_away_frees_its_slot(server):
         connection.close()
     assert wait_until(lambda: server.idle(0.01), 10)
     assert server.chat(max_tokens=3).usage.completion_tokens <= 3
+
+
+def test_figures_are_the_engine_s(server):
+    server.chat(max_tokens=2)
+    figures = server.request("GET", "/metrics")[2].decode()
+    assert (
+        'llama4:slots{model_name="tiny"} 4.0' in figures and 'vllm:num_requests_running{model_name="tiny"}' in figures
+    )
+
+
+def test_what_was_read_before_is_said(server):
+    messages = [{"role": "user", "content": "a long question " * 30}]
+    first, second = (server.chat(messages=messages, temperature=0, max_tokens=4) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert 0 < second.usage.prompt_tokens_details.cached_tokens < second.usage.prompt_tokens
 
 
 def test_a_stop_string_ends_what_runs(server):
