@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from etils import epath
+
 from llama4_jax.inputs.chat import ChatFormat
 from llama4_jax.inputs.messages import Message, Picture, Tool, json_values, read_messages, read_tools
 from llama4_jax.inputs.picture_files import file_in
@@ -153,14 +155,21 @@ class Jobs:
                     raise ValueError(
                         f"{place} is the path of a file, and this server opens none: give the picture as a data: URL."
                     )
-                inside = self.settings.images_under
-                opened[i, j] = Picture(file_in(inside, inside / picture.source, name=place))
+                opened[i, j] = Picture(self._found(picture.source, place))
         return tuple(
             dataclasses.replace(
                 message, content=tuple(opened.get((i, j), part) for j, part in enumerate(message.content))
             )
             for i, message in enumerate(found)
         )
+
+    def _found(self, path: str, place: str) -> epath.Path:
+        """A file in the folder of pictures; where that is, is nobody's business."""
+        folder = self.settings.images_under
+        try:
+            return file_in(folder, folder / path, name=place)
+        except ValueError:
+            raise ValueError(f"{place}: {shown(path)} leads out of the folder that pictures are read from.") from None
 
     def completions(self, body: bytes) -> tuple[CompletionRequest, Job]:
         asked = read_request(body, CompletionRequest)

@@ -240,6 +240,7 @@ def test_pictures_of_one_folder_alone_are_opened(tmp_path):
             with pytest.raises(openai.BadRequestError) as error:
                 ask(url)
             assert error.value.param.startswith("messages[0].content[0]"), error.value.body
+            assert str(tmp_path) not in error.value.message.replace(repr(url)[1:-1], "")
 
 
 def test_a_server_that_goes_down_ends_what_runs_and_takes_nothing_new():
@@ -254,6 +255,18 @@ def test_a_server_that_goes_down_ends_what_runs_and_takes_nothing_new():
         assert found.request("GET", "/ready")[0] == 503 and found.request("GET", "/health")[0] == 200
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         idle.close()
+
+
+def test_what_does_not_end_in_the_time_for_it_is_cancelled():
+    with serving(delay=0.01, drain_seconds=0.3) as found:
+        stream = iter(found.chat(stream=True))
+        next(stream)
+        began = time.monotonic()
+        found.http.drain()
+        with contextlib.suppress(Exception):  # its connection ends
+            list(stream)
+        assert 0.3 < time.monotonic() - began < 8
+        assert wait_until(lambda: found.engine.requests[-1].finish_reason == "cancelled")
 
 
 def test_many_clients_of_whom_some_go_away_leave_nothing_behind():
