@@ -240,7 +240,7 @@ def test_pictures_of_one_folder_alone_are_opened(tmp_path):
             with pytest.raises(openai.BadRequestError) as error:
                 ask(url)
             assert error.value.param.startswith("messages[0].content[0]"), error.value.body
-            assert str(tmp_path) not in error.value.message.replace(repr(url)[1:-1], "")
+            assert str(inside) not in error.value.message
 
 
 def test_a_server_that_goes_down_ends_what_runs_and_takes_nothing_new():

@@ -124,6 +124,15 @@ def test_stop_strings_end_the_reply(server, stop, stream):
         assert (choice.message.content, choice.finish_reason) == (TEXT[:first], "stop")
 
 
+def test_messages_may_say_nothing(server):
+    for content in ("", [], [{"type": "text", "text": ""}]):
+        assert server.chat(messages=[{"role": "user", "content": content}]).choices[0].message.content == TEXT
+    server.engine.script = ""
+    (choice,) = server.chat().choices
+    assert (choice.message.content, choice.finish_reason) == ("", "stop")
+    assert [c.choices[0].finish_reason for c in server.chat(stream=True)][-1] == "stop"
+
+
 def test_a_stop_string_frees_the_slot(server):
     server.engine.script = "stop here" + "." * 8000
     assert server.chat(stop="here").choices[0].message.content == "stop "
