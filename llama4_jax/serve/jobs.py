@@ -170,6 +170,8 @@ class Jobs:
             return file_in(folder, folder / path, name=place)
         except ValueError:
             raise ValueError(f"{place}: {shown(path)} leads out of the folder that pictures are read from.") from None
+        except FileNotFoundError:
+            raise ValueError(f"{place}: there is no picture {shown(path)}.") from None
 
     def completions(self, body: bytes) -> tuple[CompletionRequest, Job]:
         asked = read_request(body, CompletionRequest)
