@@ -161,3 +161,22 @@ def test_a_prompt_that_fills_the_context_is_answered_by_one_token(server):
     with pytest.raises(openai.APIStatusError) as error:
         server.client.completions.create(model="tiny", prompt=[*prompt, 1], max_tokens=1)
     assert error.value.status_code == 413
+
+
+def test_when_the_engine_dies_everybody_is_told(server):
+    """The last test of this file: the engine is dead afterwards."""
+
+    def fails():
+        raise RuntimeError("the device was lost")
+
+    connection = server.post("/v1/chat/completions", {"messages": USER, "max_tokens": 1900, "stream": True})
+    assert b"200 OK" in connection.recv(1000)
+    server.engine._turn = fails
+    with pytest.raises(openai.InternalServerError, match="the engine has died"):
+        server.chat(max_tokens=1900)
+    data = b""
+    while b"[DONE]" not in data:
+        data += connection.recv(65536)
+    connection.close()
+    assert b"the engine has died" in data
+    assert server.request("GET", "/health")[0] == server.request("GET", "/ready")[0] == 500
