@@ -8,9 +8,18 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 PATH = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+# Chromium reads from 3, and writes to 4.
+_PLACE_PIPES = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 64) for pipe in sys.argv[1:3]]
+os.dup2(pipes[0], 3), os.dup2(pipes[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -24,14 +33,10 @@ class Page:
             "--remote-debugging-pipe", f"--user-data-dir={directory}", f"--window-size={width},{height}",
         ]  # fmt: skip
 
-        def place_pipes():  # Chromium reads from 3, and writes to 4
-            os.dup2(to_browser, 13)
-            os.dup2(from_browser, 14)
-            os.dup2(13, 3)
-            os.dup2(14, 4)
-
+        # Not by preexec_fn, which may hang in a process that has threads.
+        placed = [sys.executable, "-S", "-E", "-c", _PLACE_PIPES, str(to_browser), str(from_browser), *command]
         self._process = subprocess.Popen(
-            command, preexec_fn=place_pipes, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            placed, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         os.close(to_browser)
         os.close(from_browser)
