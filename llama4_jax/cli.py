@@ -2,6 +2,7 @@
 
     llama4 train    tiny                                        # as train.py: a config, and its fields as flags
     llama4 generate runs/tiny  --prompt "def "                  # as infer.py; so are chat, batch and score
+    llama4 serve    runs/tiny  --port 8000                      # OpenAI's API, and a page to talk with
     llama4 inspect  path                                        # format, config, every tensor; --verify: damage
     llama4 convert  path/to/hf_or_meta_dir  runs/scout          # → Orbax; --dtype bfloat16, --verify
     llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
@@ -24,6 +25,7 @@ from typing import Literal
 import tyro
 
 from llama4_jax.plan_options import PlanOptions
+from llama4_jax.serve_options import ServeOptions
 from llama4_jax.weights.parity import ParityOptions
 
 Dtype = Literal["float32", "bfloat16"]
@@ -87,7 +89,7 @@ class Diff:
 
 def main(arguments: list[str] | None = None) -> int:
     commands = {"inspect": Inspect, "convert": Convert, "export": Export, "quantize": Quantize, "parity": ParityOptions,
-                "diff": Diff, "plan": PlanOptions}  # fmt: skip
+                "diff": Diff, "plan": PlanOptions, "serve": ServeOptions}  # fmt: skip
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         from llama4_jax.train_cli import main as train
@@ -114,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(command: Inspect | Convert | Export | Quantize | ParityOptions | Diff) -> int:
+def _run(command: Inspect | Convert | Export | Quantize | ParityOptions | Diff | ServeOptions) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant: no jax arrays, nothing to merge
@@ -190,7 +192,33 @@ def _run(command: Inspect | Convert | Export | Quantize | ParityOptions | Diff) 
                 command.json.write_text(json.dumps(found.as_json(), indent=1, allow_nan=False), encoding="utf-8")
             print(found.text())
             return 0 if found.equal else 1
+        case ServeOptions():
+            _serve(command)
     return 0
+
+
+def _serve(options: ServeOptions) -> None:
+    try:
+        from llama4_jax.serve.command import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "llama4_jax").startswith("llama4_jax"):
+            raise
+        raise ValueError(
+            f'llama4 serve needs the package {error.name}, which an extra installs: pip install -e ".[serve]"'
+        ) from None
+    from llama4_jax.infer_cli import Model, load, make_devices, read_processor
+    from llama4_jax.sharding import MeshConfig
+
+    model = Model(
+        model=options.model,
+        dtype=options.dtype,
+        mesh=MeshConfig(data=1, fsdp=options.fsdp, expert=options.expert, tensor=options.tensor),
+        keep_quantized=options.keep_quantized,
+        activations=options.activations,
+        template=options.template,
+    )
+    make_devices(model.mesh)
+    serve(options, read_processor=lambda: read_processor(model), load=lambda: load(model)[0])
 
 
 def _to_stderr(line: str) -> None:

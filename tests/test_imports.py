@@ -23,6 +23,10 @@ ALLOWED = {
     "llama4_jax/infer": {
         "llama4_jax/sharding", "llama4_jax/ops", "llama4_jax/model", "llama4_jax/inputs", "llama4_jax/processor.py",
     },
+    "llama4_jax/serve": {
+        "llama4_jax/model", "llama4_jax/inputs", "llama4_jax/infer", "llama4_jax/processor.py",
+        "llama4_jax/serve_options.py",
+    },
     "llama4_jax/train": {
         "llama4_jax/sharding", "llama4_jax/ops", "llama4_jax/model", "llama4_jax/inputs", "llama4_jax/data",
         "llama4_jax/weights", "llama4_jax/infer", "llama4_jax/config.py",

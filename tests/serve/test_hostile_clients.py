@@ -1,0 +1,324 @@
+"""Whatever a client does, or stops doing, it costs little, ends, and harms nobody else."""
+
+import contextlib
+import json
+import random
+import socket
+import struct
+import threading
+import time
+
+import openai
+import psutil
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from micro_run import picture_processor
+from PIL import Image
+from serving import MODEL, USER, serving, wait_until
+
+from llama4_jax.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+CHAT = "/v1/chat/completions"
+PATHS = [CHAT, "/v1/completions", "/tokenize", "/detokenize"]
+FIELDS = [
+    *dict.fromkeys(name for of in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+                   for name in of.__struct_fields__ if name != "model"),
+    "store", "metadata", "functions", "best_of", "suffix", "type", "content", "role", "url", "name", "parameters",
+    "image_url", "properties", "tool_calls", "tool_call_id", "arguments", "json_schema", "schema", "unknown",
+]  # fmt: skip
+
+
+def error_of(answer):
+    status, _, body = answer
+    return status, json.loads(body)["error"]
+
+
+def raw_status(connection):
+    """Of an answer to bytes that no client would send; None if the connection was closed without one."""
+    data = connection.recv(65536)
+    return int(data.split()[1]) if data else None
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(limits={"body_bytes": 20_000, "all_bodies_bytes": 50_000, "body_seconds": 1.0, "header_seconds": 1.0},
+                 script="fine") as found:  # fmt: skip
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def all_is_well_afterwards(request):
+    yield
+    if "server" in request.fixturenames:
+        found = request.getfixturevalue("server")
+        assert found.chat().choices[0].message.content == "fine"
+        assert wait_until(lambda: found.server.active == 0 and found.server.bodies == 0 and found.idle())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": "tiny"', b'{"messages": [' + b"[" * 9000, b"1" * 9000,
+     b'{"messages": 1, "messages": 2}', b'{"temperature": NaN}', b'{"seed": 1e400}', b'{"user": "\\ud800"}',
+     b'{"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_schema", "json_schema": '
+     b'{"name": "x", "schema": ' + b'{"a":' * 800 + b"1" + b"}" * 803,
+     b'{"n": ' + b"9" * 5000 + b"}", b'{"' + b"x" * 9000 + b'": 1}', b'{"messages": [{"role": "user", "content": "'],
+    ids=lambda body: repr(body[:20]),
+)  # fmt: skip
+def test_what_is_no_request_is_a_400_in_openais_form(server, body):
+    status, error = error_of(server.request("POST", CHAT, body))
+    assert status == 400 and error["type"] == "invalid_request_error" and len(error["message"]) <= 520
+    assert error["message"].isprintable()
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=6), st.just("\ud800"),
+        st.sampled_from(["auto", "function", "text", "json_schema", "user", "tool", "data:;base64,AA==", "/a"]),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.sampled_from(FIELDS), inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.booleans())
+def test_whatever_is_asked_is_answered_or_refused_by_name(server, path, fields, complete):
+    body = {"max_tokens": 2, **({"messages": USER} if "chat" in path else {"prompt": "a"})} if complete else {}
+    status, headers, answer = server.request("POST", path, json.dumps(body | fields).encode())
+    assert status in (200, 400, 404, 413), answer
+    if status != 200:
+        error = json.loads(answer)["error"]
+        assert error["message"] and len(error["message"]) <= 520 and "Traceback" not in error["message"]
+        assert error["param"] or error["message"].startswith("the request"), error
+    elif headers["content-type"].startswith("application/json"):
+        json.loads(answer)
+    else:
+        assert answer.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_body_is_bounded_whether_it_says_its_size_or_not(server):
+    status, error = error_of(server.request("POST", CHAT, b" " * 20_001))
+    assert status == 413 and "20,000" in error["message"]
+    with server.connect() as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        for _ in range(3):
+            connection.sendall(b"2000\r\n" + b" " * 0x2000 + b"\r\n")
+        assert raw_status(connection) == 413
+
+
+def test_a_body_that_comes_slowly_is_a_408(server):
+    with server.connect() as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode())
+        began = time.monotonic()
+        assert raw_status(connection) == 408
+        assert time.monotonic() - began < 5
+
+
+def test_headers_that_come_slowly_or_never_end_the_connection(server):
+    for head in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-"):
+        with server.connect() as connection:
+            connection.sendall(head)
+            began = time.monotonic()
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
+            assert time.monotonic() - began < 5
+
+
+def test_headers_are_bounded(server):
+    with server.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 200_000 + b"\r\n\r\n")
+        assert raw_status(connection) in (400, 431)
+
+
+def test_all_bodies_together_are_bounded(server):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000\r\n\r\n".encode()
+    connections = [server.connect() for _ in range(4)]
+    for connection in connections:
+        connection.sendall(head + b" " * 19_000)
+    assert sorted(raw_status(connection) for connection in connections)[-1] == 429
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example:80"}, 403), ({"Host": ""}, 403),
+        ({"Host": "localhost:8000"}, 200), ({"Host": "127.0.0.1"}, 200), ({"Host": "[::1]:80"}, 200),
+        ({"Host": "localhost", "Origin": "http://evil.example"}, 403), ({"Host": "localhost", "Origin": "null"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+    ],
+)  # fmt: skip
+def test_pages_of_other_sites_cannot_ask(server, headers, status):
+    """Neither by a name of theirs that leads here, nor by a request that a browser sends without asking."""
+    found, answered, _ = server.request("POST", "/tokenize", {"prompt": "a"}, **headers)
+    assert found == status and "access-control-allow-origin" not in answered
+
+
+def test_a_name_that_a_proxy_passes_on_may_be_allowed():
+    with serving(script="fine", settings={"hosts": ("Models.example",)}) as found:
+        assert found.request("GET", "/v1/models", Host="models.example:443")[0] == 200
+        assert found.request("GET", "/v1/models", Host="other.example")[0] == 403
+
+
+def test_unknown_paths_and_methods_are_answered_in_openais_form(server):
+    assert error_of(server.request("GET", "/v2/../etc/passwd"))[0] == 404
+    assert error_of(server.request("GET", CHAT))[0] == 405
+    assert error_of(server.request("DELETE", "/v1/models"))[0] == 405
+
+
+@pytest.mark.parametrize("when", ["decoding", "waiting"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_slot(when, stream):
+    with serving(slots=1, delay=0.01) as found:
+        if when == "waiting":
+            other = found.post(CHAT, {"messages": USER, "stream": True})
+            assert wait_until(lambda: found.engine.stats.running == 1)
+        connection = found.post(CHAT, {"messages": USER, "stream": stream, "n": 2})
+        assert wait_until(lambda: found.engine.stats.waiting == (2 if when == "waiting" else 1))
+        connection.close()
+        assert wait_until(lambda: found.engine.stats.waiting == 0)
+        gone = found.engine.requests[-2:]
+        assert wait_until(lambda: all(one.finish_reason == "cancelled" for one in gone))
+        if when == "waiting":
+            assert found.engine.stats.running == 1  # the other goes on
+            other.close()
+        assert found.idle()
+
+
+def test_a_client_that_does_not_read_loses_its_stream_and_nobody_else():
+    with serving(slots=2, context=200_000, delay=0.0, limits={"send_seconds": 0.5}, tokens_a_call=50) as found:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", found.port))
+        body = json.dumps({"messages": USER, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        assert wait_until(lambda: found.engine.requests and found.engine.requests[0].finish_reason == "cancelled", 10)
+        assert len(found.engine.requests[0].written) < 150_000
+        assert wait_until(lambda: found.server.active == 0)
+        assert found.chat(max_tokens=5).usage.completion_tokens == 5
+        assert b'llama4:slow_readers_total{model_name="tiny"} 1.0' in found.request("GET", "/metrics")[2]
+        connection.close()
+
+
+def test_a_key_is_asked_for_everywhere_but_where_none_is_needed(tmp_path):
+    with serving(script="fine", settings={"api_keys": ("first-key", "zweiter-schlüssel")}) as found:
+        for key in ("wrong", "first-ke", "first-key2", ""):
+            with pytest.raises(openai.AuthenticationError) as error:
+                found.client.with_options(api_key=key or "-").models.list()
+            assert error.value.code == "invalid_api_key"
+        assert found.client.with_options(api_key="first-key").models.list().data
+        for path in ("/v1/models", "/metrics"):
+            status, headers, _ = found.request("GET", path)
+            assert status == 401 and headers["www-authenticate"] == "Bearer"
+        for path in ("/", "/health", "/ready"):
+            assert found.request("GET", path)[0] == 200
+        assert found.request("POST", "/tokenize", b"x" * 1000, Authorization="Basic first-key")[0] == 401
+
+
+def test_pictures_of_one_folder_alone_are_opened(tmp_path):
+    inside, outside = tmp_path / "pictures", tmp_path / "secret"
+    inside.mkdir()
+    outside.mkdir()
+    Image.new("RGB", (28, 28), "blue").save(inside / "a.png")
+    Image.new("RGB", (28, 28), "red").save(outside / "b.png")
+    (inside / "link.png").symlink_to(outside / "b.png")
+    with serving(script="fine", processor=picture_processor(), settings={"images_under": inside}) as found:
+
+        def ask(url):
+            content = [{"type": "image_url", "image_url": {"url": url}}]
+            return found.chat(messages=[{"role": "user", "content": content}])
+
+        for url in ("a.png", str(inside / "a.png"), (inside / "a.png").as_uri()):
+            assert ask(url).choices[0].message.content == "fine"
+            assert (found.engine.requests[-1].asked["tiles"] == [0, 0, 255]).all()
+        for url in ("../secret/b.png", str(outside / "b.png"), "link.png", (outside / "b.png").as_uri(),
+                    "/etc/passwd", "nothing.png", "..", ".", "http://localhost/a.png", "gs://bucket/a.png",
+                    "file://host/a.png", "a.png\0", "~/a.png"):  # fmt: skip
+            with pytest.raises(openai.BadRequestError) as error:
+                ask(url)
+            assert error.value.param.startswith("messages[0].content[0]"), error.value.body
+            assert str(inside) not in error.value.message
+
+
+def test_a_server_that_goes_down_ends_what_runs_and_takes_nothing_new():
+    with serving(delay=0.01, slots=2) as found:
+        stream = iter(found.chat(stream=True, max_tokens=150))
+        next(stream)
+        idle = found.connect()
+        found.http.drain()
+        with pytest.raises(openai.InternalServerError) as error:
+            found.chat()
+        assert error.value.status_code == 503 and error.value.response.headers["retry-after"] == "5"
+        assert found.request("GET", "/ready")[0] == 503 and found.request("GET", "/health")[0] == 200
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        idle.close()
+
+
+def test_what_does_not_end_in_the_time_for_it_is_cancelled():
+    with serving(delay=0.01, drain_seconds=0.3) as found:
+        stream = iter(found.chat(stream=True))
+        next(stream)
+        began = time.monotonic()
+        found.http.drain()
+        with contextlib.suppress(Exception):  # its connection ends
+            list(stream)
+        assert 0.3 < time.monotonic() - began < 8
+        assert wait_until(lambda: found.engine.requests[-1].finish_reason == "cancelled")
+
+
+def test_many_clients_of_whom_some_go_away_leave_nothing_behind():
+    """200 at a time, on 8 slots; everyone who stays gets what the same request gets alone."""
+    process = psutil.Process()
+    with serving(script=lambda handle: f"{handle.asked['seed']} " * 20, max_waiting=1000, tokens_a_call=20) as found:
+        found.engine.keep_requests = False
+        wrong, answered, gone = [], [0], [0]
+        stop = time.monotonic() + 1.5
+        memory = []
+
+        def client(number):
+            draw = random.Random(number)
+            while time.monotonic() < stop:
+                seed, stream = draw.randrange(10**6), draw.random() < 0.5
+                connection = found.post(CHAT, {"messages": USER, "seed": seed, "stream": stream})
+                with connection:
+                    if draw.random() < 0.2:
+                        time.sleep(draw.random() * 0.02)
+                        if draw.random() < 0.5:  # by a reset
+                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        gone[0] += 1
+                        continue
+                    data = b""
+                    end = b"data: [DONE]" if stream else b'"cached_tokens": 0}}}'
+                    while end not in data:
+                        more = connection.recv(65536)
+                        if not more:
+                            break
+                        data += more
+                    text = read(data, stream)
+                    answered[0] += 1
+                    if text != f"{seed} " * 20:
+                        wrong.append((seed, data[:200]))
+
+        def read(data, stream):
+            if not stream:
+                return json.loads(data.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]
+            lines = [line[6:] for line in data.splitlines() if line.startswith(b"data: {")]
+            return "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines)
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(200)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.8)
+        memory.append(process.memory_info().rss)
+        for thread in threads:
+            thread.join(30)
+        memory.append(process.memory_info().rss)
+        assert not wrong, wrong[:3]
+        assert answered[0] > 200 and gone[0] > 20
+        assert found.idle() and wait_until(lambda: found.server.active == 0 and found.server.bodies == 0)
+        assert wait_until(lambda: len(found.http.server_state.connections) <= 1, 8)
+        assert memory[1] - memory[0] < 30 * 2**20
+        assert found.client.models.retrieve(MODEL).id == MODEL

@@ -1,0 +1,182 @@
+"""The server over the real engine and a model that learned nothing: what comes over HTTP is what the model says."""
+
+import base64
+import concurrent.futures
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import openai
+import pytest
+from micro_run import picture_model, picture_processor
+from PIL import Image
+from serving import USER, serving, wait_until
+
+from llama4_jax import generate
+from llama4_jax.infer.engine import Engine
+from llama4_jax.inputs.tool_calls import parse_reply
+
+SMALL = {
+    "type": "object",
+    "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return picture_model()
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    processor = picture_processor()
+    engine = Engine(model, processor, slots=4, context=2048, max_waiting=64)
+    with serving(processor=processor, engine=engine) as found:
+        yield found
+
+
+def alone(model, server, messages, new, **sampling):
+    """What `generate` gives for that conversation, as text."""
+    prompt = server.server.processor.prompt(messages)
+    tokenizer = server.server.tokenizer
+    (ids,) = generate(
+        model, [prompt.tokens], images=[prompt.tiles], max_new_tokens=new, stop_ids=tokenizer.stop_ids, **sampling
+    )
+    return tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids], skip_special=True)
+
+
+def said(number):
+    return [{"role": "user", "content": f"message {number} " * (number % 5 + 1)}]
+
+
+def test_the_likeliest_reply_is_that_of_generate_whoever_else_asks(model, server):
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        replies = list(
+            pool.map(
+                lambda i: server.chat(messages=said(i), temperature=0, max_tokens=12 + i % 7, stream=False), range(12)
+            )
+        )
+    for i in (0, 5, 11):
+        assert replies[i].choices[0].message.content == alone(model, server, said(i), 12 + i % 7)
+
+
+def test_a_seed_reproduces_a_reply_and_another_gives_another(server):
+    def ask(seed):
+        return server.chat(seed=seed, temperature=1.0, max_tokens=24).choices[0].message.content
+
+    assert ask(1) == ask(1) != ask(2)
+
+
+def test_log_probabilities_are_those_of_the_model(model, server):
+    prompt = [256, *b"a text of some length"]
+    asked = {"prompt": prompt, "echo": True, "logprobs": 3, "max_tokens": 0, "model": "tiny"}
+    found = server.client.completions.create(**asked).choices[0].logprobs
+    logits = np.asarray(jax.jit(model)(jnp.array([prompt], jnp.int32)), np.float64)[0]
+    logits -= logits.max(-1, keepdims=True)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert found.token_logprobs[0] is None
+    wanted = [expected[i, token] for i, token in enumerate(prompt[1:])]
+    np.testing.assert_allclose(found.token_logprobs[1:], wanted, atol=2e-5)
+    assert all(len(top) == 3 for top in found.top_logprobs[1:])
+    assert max(found.top_logprobs[1].values()) == pytest.approx(expected[0].max(), abs=2e-5)
+
+
+def test_pictures_are_seen(model, server):
+    file = io.BytesIO()
+    picture = np.random.default_rng(0).integers(0, 256, (28, 28, 3), np.uint8)
+    Image.fromarray(picture).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    reply = server.chat(messages=messages, temperature=0, max_tokens=12).choices[0].message.content
+    assert reply == alone(model, server, messages, 12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grammars_hold_a_model_that_knows_nothing(server, seed):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SMALL, "strict": True}}
+    reply = server.chat(response_format=form, seed=seed, temperature=1.5, max_tokens=400)
+    value = json.loads(reply.choices[0].message.content)
+    assert value.keys() == {"a", "b"} and value["b"] in ("x", "y") and isinstance(value["a"], bool)
+    tool = {"type": "function", "function": {"name": "f", "parameters": SMALL}}
+    reply = server.chat(tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=seed, max_tokens=400)
+    (call,) = reply.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments).keys() == {"a", "b"}
+    assert parse_reply(f"[f(**{call.function.arguments})]").tool_calls
+
+
+def test_a_client_that_goes_away_frees_its_slot(server):
+    # Nothing of the vocabulary's end is likely enough to end these by itself.
+    bias = {str(token): -100 for token in server.server.tokenizer.stop_ids}
+    body = {"messages": USER, "logit_bias": bias, "max_tokens": 1900}
+    connections = [server.post("/v1/chat/completions", {**body, "stream": i % 2 == 0}) for i in range(10)]
+    for connection in connections:
+        connection.close()
+    assert wait_until(lambda: server.idle(0.01), 10)
+    assert server.chat(max_tokens=3).usage.completion_tokens <= 3
+
+
+def test_figures_are_the_engine_s(server):
+    server.chat(max_tokens=2)
+    figures = server.request("GET", "/metrics")[2].decode()
+    assert (
+        'llama4:slots{model_name="tiny"} 4.0' in figures and 'vllm:num_requests_running{model_name="tiny"}' in figures
+    )
+
+
+def test_what_was_read_before_is_said(server):
+    messages = [{"role": "user", "content": "a long question " * 30}]
+    first, second = (server.chat(messages=messages, temperature=0, max_tokens=4) for _ in range(2))
+    assert first.choices[0].message.content == second.choices[0].message.content
+    assert 0 < second.usage.prompt_tokens_details.cached_tokens < second.usage.prompt_tokens
+
+
+def test_a_stop_string_ends_what_runs(server):
+    text = server.chat(temperature=0, max_tokens=40).choices[0].message.content
+    stop = text[8:11]
+    reply = server.chat(temperature=0, max_tokens=40, stop=stop).choices[0]
+    assert reply.message.content == text[: text.index(stop)] and reply.finish_reason == "stop"
+
+
+def test_no_request_compiles_anything(server):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    server.chat(max_tokens=4)
+    server.chat(max_tokens=5, temperature=0.3, top_p=0.5, seed=9, n=2, frequency_penalty=1, logit_bias={"65": 5},
+                logprobs=True, top_logprobs=4, extra_body={"top_k": 3})  # fmt: skip
+    server.chat(max_tokens=40, response_format={"type": "json_object"})
+    server.client.completions.create(model="tiny", prompt=["a" * 200, "b"], echo=True, logprobs=1, max_tokens=2)
+    assert compiled == []
+
+
+def test_a_prompt_that_fills_the_context_is_answered_by_one_token(server):
+    prompt = [256, *b"x" * 2046]
+    reply = server.client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
+    assert reply.usage.completion_tokens == 1
+    with pytest.raises(openai.APIStatusError) as error:
+        server.client.completions.create(model="tiny", prompt=[*prompt, 1], max_tokens=1)
+    assert error.value.status_code == 413
+
+
+def test_when_the_engine_dies_everybody_is_told(server):
+    """The last test of this file: the engine is dead afterwards."""
+
+    def fails():
+        raise RuntimeError("the device was lost")
+
+    connection = server.post("/v1/chat/completions", {"messages": USER, "max_tokens": 1900, "stream": True})
+    assert b"200 OK" in connection.recv(1000)
+    server.engine._turn = fails
+    with pytest.raises(openai.InternalServerError, match="the engine has died"):
+        server.chat(max_tokens=1900)
+    data = b""
+    while b"[DONE]" not in data:
+        data += connection.recv(65536)
+    connection.close()
+    assert b"the engine has died" in data
+    assert server.request("GET", "/health")[0] == server.request("GET", "/ready")[0] == 500
