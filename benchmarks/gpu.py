@@ -11,8 +11,8 @@ by those that follow. A part that fails or hangs keeps what it has measured, and
 and the JSON written after every part.
 
 It needs jax with its CUDA plugin, flax, optax, einops, jaxtyping, etils, msgspec and numpy; the peers also torch,
-transformers, safetensors and xxhash. It needs no network, nor grain, tyro or tensorboardX. Nothing need be installed: it
-runs from the repository.
+transformers, safetensors and xxhash. It needs no network, nor grain, tyro or tensorboardX. Nothing need be installed:
+it runs from the repository.
 """
 
 import argparse
