@@ -12,6 +12,9 @@
     model.layers[3].attention.q.kernel                                          # scanned or not
     llama4_jax.save(model, path, tokenizer=path_or_tokenizer, format="hf")      # or "orbax", "meta"
 
+    engine = llama4_jax.Engine(model, processor, slots=8, context=8192)         # many requests at once
+    tokens = engine.submit(messages, max_new_tokens=64).result()                # or .tokens(), as they come
+
     nnx.Linear(..., dot_general=llama4_jax.ops.fp8_dot_general())               # products in 8-bit floats
 
 `llama4_jax.model.presets` has the published configs.
