@@ -59,10 +59,11 @@ def test_jvp_and_both_hessian_vector_products_are_what_differences_of_gradients_
     np.testing.assert_allclose(along, dot(gradient(params), v), rtol=1e-4)
     size = float(jnp.sqrt(dot(twice, twice)))
     apart = lambda a, b: float(jnp.sqrt(dot(d := jax.tree.map(jnp.subtract, a, b), d))) / size  # noqa: E731
-    differences = jax.tree.map(lambda a, b: (a - b) / 2e-2, gradient(at(1e-2)), gradient(at(-1e-2)))
+    step = 1e-3  # a larger one lets a token choose another expert, which is no derivative
+    differences = jax.tree.map(lambda a, b: (a - b) / (2 * step), gradient(at(step)), gradient(at(-step)))
     assert size > 0.01
     assert apart(over_reverse, twice) < 1e-5
-    assert apart(differences, twice) < 1e-2
+    assert apart(differences, twice) < 5e-4
 
 
 def test_the_reference_operations_give_the_fast_ones_numbers():
