@@ -18,6 +18,7 @@ from llama4_jax.config import converted_to_json
 from llama4_jax.hub import model_directory
 from llama4_jax.model.quantized import is_of_decoder
 from llama4_jax.ops.quantization import Scheme, amax, encode, num_groups, pack_int4, scale_of
+from llama4_jax.untrusted_json import read_json
 from llama4_jax.weights import table
 from llama4_jax.weights.convert import DTYPES
 from llama4_jax.weights.load import preset_differences

@@ -107,8 +107,9 @@ def test_what_others_began_with_is_not_read_again(engine, model):
     handles = [engine.submit(prompt, max_new_tokens=4) for prompt in asked[1:]]
     for prompt, handle in zip(asked[1:], handles, strict=True):
         assert scored(model, prompt, [token.id for token in handle.result()]).all()
-    # The first came to 54 tokens, so its chunked layers hold 48 … 53: others begin where a chunk and a piece begin.
-    assert first.cached_tokens == 0 and [handle.cached_tokens for handle in handles] == [32] * 3
+    # The first came to 54 tokens, so its chunked layers hold 48 … 53: others begin where a chunk and a piece begin, or,
+    # beside one that is still in its prompt's last chunk, with all whole pieces that they share.
+    assert first.cached_tokens == 0 and all(handle.cached_tokens in (32, 40) for handle in handles)
 
 
 def test_the_next_turn_reads_what_is_new(engine, model):

@@ -44,7 +44,7 @@ def of_logits(logits) -> RouterStats:
     chosen = jnp.argmax(logits, axis=-1, keepdims=True)
     gate = jax.nn.sigmoid(jnp.max(logits, axis=-1, keepdims=True))
     stats = router_stats(logits, chosen, gate, jnp.ones(logits.shape[:2], bool))
-    return RouterStats(*(x[None] for x in stats))
+    return jax.tree.map(lambda x: x[None], stats)
 
 
 def skewed_logits(tokens=512, experts=4) -> jax.Array:

@@ -189,6 +189,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_public_surface_fits_a_line():
-    assert llama4_jax.__all__ == ["from_pretrained", "generate", "Llama4", "ModelConfig", "Processor"]
+    names = ["Engine", "from_pretrained", "generate", "Llama4", "ModelConfig", "Processor", "save"]
+    assert llama4_jax.__all__ == names
     with pytest.raises(AttributeError, match="module 'llama4_jax' has no attribute 'nothing'"):
         _ = llama4_jax.nothing
