@@ -146,7 +146,7 @@ def decode_case(out: Out, name: str, weights: str, rows: int, held: int, tiny: b
 def token_figures(
     out: Out, model: ModelConfig, name: str, weights: str, rows: int, held: int, seconds: float
 ) -> Figures:
-    """Of decoding one token of each row, beside what must be read for it and what the planner says."""
+    """Figures of decoding one token of each row, beside what must be read for it and what the planner says."""
     must = work_of(model, weights, rows, held, "decode").model_traffic
     published = chip().bandwidth if chip() else float("nan")
     bandwidth = ceiling(out, "copy", "GB/s", published)

@@ -127,7 +127,7 @@ class Timing(NamedTuple):
 
 
 def timed(run: Callable[[], Any], *, seconds: float = 0.5, batches: int = 5) -> Timing:
-    """Of `run`, whose results are waited for, after two runs that do not count. Several runs are queued before each
+    """Times `run`, whose results are waited for, after two runs that do not count. Several runs are queued before each
     wait, as many as take a few hundredths of a second, so that the host's part does not count."""
     jax.block_until_ready(run())
     start = time.perf_counter()

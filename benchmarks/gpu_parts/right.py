@@ -411,7 +411,7 @@ def model_numbers() -> dict[str, np.ndarray]:
 
     (loss, logits), grads = forward_and_backward(params, batch)
     found = {"logits": np.asarray(logits)[:, ::16], "loss": np.asarray(loss)}
-    # Of each gradient its size, and its sum with signs that differ from place to place.
+    # The size of each gradient, and its sum with signs that differ from place to place.
     for path, leaf in nnx.to_flat_state(grads):
         value = np.asarray(leaf.get_value(), np.float64)
         signs = np.random.default_rng(17).choice([-1.0, 1.0], value.shape)

@@ -317,7 +317,7 @@ KINDS = (  # the first whose pattern is in a kernel's name
 
 
 def shares(run) -> Figures:
-    """Of the device's time in one run, by kind of kernel; {} where there is no GPU."""
+    """Shares of the device's time in one run, by kind of kernel; {} where there is no GPU."""
     if jax.default_backend() != "gpu":
         return {}
     try:

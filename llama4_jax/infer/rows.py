@@ -22,7 +22,7 @@ NOTHING = -1  # in place of a token
 
 
 class Row(NamedTuple):
-    """Of each row, or without the leading axis of one."""
+    """Settings and state of each row; without the leading axis, those of one."""
 
     key: Key[Array, "*B"]  # the row's random numbers, whatever the other rows are
     temperature: Float[Array, "*B"]  # 0: the most likely token
