@@ -83,7 +83,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def conversation(engine: Engine, vocab_size: int, seed: int, *, found: bool) -> tuple[list[float], int, int]:
-    """Measures four turns after a long system prompt: seconds to the first token of all but the first, tokens of prompts,
+    """Measures four turns after a long system prompt: seconds to each later first token, tokens of prompts,
     and those of them that were found. Without `found` each turn begins otherwise, so that nothing is."""
     draw = np.random.default_rng(seed)
     prompt, first, total, cached = draw.integers(0, vocab_size, 400).tolist(), [], 0, 0
