@@ -392,6 +392,36 @@ def test_ctrl_c_in_a_terminal_stops_a_reply_and_not_the_chat(seeing):
         process.communicate()
 
 
+# A press that comes while nothing that waits is woken up by it, as between a prompt and the wait for the first key.
+UNNOTICED = """
+import signal, sys, threading, time
+import infer
+from llama4_jax.infer import interrupt
+def press():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+with interrupt.watched(always=True):
+    threading.Thread(target=press).start()
+    print("typed:", infer.ask("> "))
+"""
+
+
+def test_ctrl_c_is_noticed_before_the_next_key():
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, sys.executable, "-c", UNNOTICED], cwd=ROOT, env=environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+    )  # fmt: skip
+    shown = b""
+    try:
+        while shown.count(b"> ") < 2:  # it asks anew
+            assert select.select([process.stdout], [], [], 60)[0], shown
+            shown += process.stdout.read(4096)
+        process.stdin.write(b"yes\n")
+        assert b"typed: yes" in shown + process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+
+
 def test_ctrl_c_at_any_line_of_the_chat_ends_no_chat(seeing, capsys, monkeypatch):
     processor = picture_processor()
     made = nnx.eval_shape(lambda: Llama4(PICTURES, scan_layers=False)), jax.make_mesh((1,), ("data",))

@@ -24,6 +24,7 @@ import threading
 from collections.abc import Iterator
 
 _MOST = 3  # presses that nobody took
+_WAKE_SECONDS = 0.2
 
 
 class _Presses:
@@ -66,6 +67,26 @@ def stoppable() -> Iterator[None]:
         check()
     finally:
         _Presses.stoppable = outer
+
+
+@contextlib.contextmanager
+def typing() -> Iterator[None]:
+    """For `input()`: a press is noticed within a fifth of a second, whenever it comes.
+
+    The readline module runs no handler of a signal that comes just before it waits for a key, until the next key. So
+    an alarm wakes it up. Where somebody else handles SIGALRM, or there is none, the next key it is."""
+    alarm = getattr(signal, "SIGALRM", None)
+    free = alarm is not None and signal.getsignal(alarm) is signal.SIG_DFL
+    if not free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(alarm, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, _WAKE_SECONDS, _WAKE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(alarm, signal.SIG_DFL)
 
 
 def check() -> None:
