@@ -23,8 +23,9 @@ from llama4_jax.config import RunConfig
 from llama4_jax.configs import config_names, load_config
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
-from llama4_jax.infer import generate
-from llama4_jax.infer.sampling import make_sampling
+from llama4_jax.infer import engine_programs as programs
+from llama4_jax.infer.engine_programs import Pieces
+from llama4_jax.infer.rows import rows_of, settings_of, stacked
 from llama4_jax.mesh_search import (
     Work,
     estimate,
@@ -188,7 +189,7 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         kernel_flops=functools.partial(kernel_flops, routed_rows=_routed_rows(work, mesh)),
         turns=functools.partial(_turns, expert_turns=_expert_turns(work, mesh), held_turns=_held_turns(work, mesh)),
         takes_cheapest=_is_of_experts,
-        steps=generate.TOKENS_PER_CALL if work.step == "decode" else 1,
+        steps=programs.TOKENS_PER_CALL if work.step == "decode" else 1,
         tokens=float(work.rows * work.tokens),
         by_hand=_by_hand(work, mesh_config, where) if work.step == "train" else None,
         notes=[*notes, *_NOTES, *precision_notes(work, where.chip)],
@@ -243,8 +244,8 @@ def _held_turns(work: Work, mesh: jax.sharding.Mesh) -> float:
 def _turns(op_name: str, *, expert_turns: float | None, held_turns: float) -> float | None:
     """Decoding multiplies by one expert after another (`grouped_matmul`'s "blocks"), and reads a long cache block by
     block, in the only loops that it runs within `shard_map`; and a call of it loops over tokens."""
-    if op_name.endswith("(_decode)/while"):
-        return float(generate.TOKENS_PER_CALL)
+    if op_name.endswith("(decode)/while"):
+        return float(programs.TOKENS_PER_CALL)
     if op_name.endswith(f"{HELD_SCOPE}/while"):
         return held_turns
     return expert_turns if op_name.endswith("shard_map/while") else None
@@ -371,20 +372,30 @@ def _serve(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
 
         layers = tuple(map(place_cache, config.model.layers, cache.layers))
         cache = cache._replace(layers=layers, lengths=placed((work.rows,), jnp.int32, None))
-        numbers = placed((work.rows,), jnp.int32, None)
-        how, scalar = make_sampling(), placed((), jnp.int32)
+        everywhere = functools.partial(jax.tree.map, lambda x: placed(x.shape, x.dtype, *[None] * x.ndim))
+        vocab_size = config.model.vocab_size
+        settings = stacked([settings_of(vocab_size, plain=True)] * work.rows)
+        rows = everywhere(jax.eval_shape(lambda: rows_of(settings, vocab_size)))
         arguments = {**_parameters(work, state), "cache": cache}
+
+        def number_of_each(dtype):
+            return placed((work.rows,), dtype, None)
+
         if work.step == "prefill":
             piece = placed((work.rows, work.tokens), jnp.int32, None, None)
-            lowered = generate._prefill.lower(graphdef, state, cache, piece, numbers, None, how, scalar)
+            where = Pieces(None, *map(number_of_each, (jnp.int32, jnp.int32, jnp.bool_)))
+            lowered = programs.read.lower(
+                graphdef, state, cache, rows, None, piece, None, where, everywhere(settings), None, None, None,
+                processor=None,
+            )  # fmt: skip
             note = f"a step reads the last {work.tokens} tokens of each row's prompt of {work.context}"
             return lowered, arguments, [note]
-        stopped, stops = placed((work.rows,), jnp.bool_, None), placed((1,), jnp.int32, None)
-        lowered = generate._decode.lower(
-            graphdef, state, cache, numbers, stopped, scalar, scalar, how, scalar, stops
+        lowered = programs.decode.lower(
+            graphdef, state, cache, rows, None, number_of_each(jnp.bool_), placed((), jnp.int32), placed((), jnp.bool_),
+            None, processor=None,
         )  # fmt: skip
     notes = [
-        f"a step is one token of each row; what is done once for {generate.TOKENS_PER_CALL} of them is shared out",
+        f"a step is one token of each row; what is done once for {programs.TOKENS_PER_CALL} of them is shared out",
         "of its experts a device reads those that the rows choose on average",
     ]
     return lowered, arguments, notes

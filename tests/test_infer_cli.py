@@ -28,6 +28,7 @@ from micro_run import (
 )
 from PIL import Image
 from pressed_at import PressedAt
+from scripted_core import ScriptedCore
 
 import infer as script
 import llama4_jax
@@ -228,17 +229,23 @@ def test_a_chat_through_a_pipe_says_what_the_library_does(seeing, what_changed):
 
 
 class Scripted:
-    """In place of `generate`: writes texts, and keeps what it was asked."""
+    """Writes texts, and keeps what it was asked: in place of `generate`, or `of_core()` in place of the engine."""
 
     def __init__(self, *texts):
         self.texts, self.asked = list(texts), []
 
-    def __call__(self, model, prompts, *, images, stop_ids, on_tokens=None, **how):
+    def __call__(self, model, prompts, *, images, stop_ids, on_tokens, **how):
         self.asked.append({"prompts": prompts, "images": images, **how})
         rows = [[*ByteTokenizer().encode(self.texts.pop(0)), stop_ids[-1]] for _ in prompts]
-        if on_tokens is not None:
-            on_tokens(rows)
+        on_tokens(rows)
         return rows
+
+    def of_core(self) -> ScriptedCore:
+        def write(prompt, *, tiles, stop_ids, **how):
+            self.asked.append({"prompts": [prompt], "images": [tiles], **how})
+            return [[*ByteTokenizer().encode(self.texts.pop(0)), stop_ids[-1]]]
+
+        return ScriptedCore(write)
 
 
 def test_frames_are_the_stills_of_a_clip_in_its_place(seeing, capsys, monkeypatch):
@@ -274,7 +281,7 @@ def test_frames_are_the_stills_of_a_clip_in_its_place(seeing, capsys, monkeypatc
 
 def test_a_chat_is_read_line_by_line(seeing, capsys, monkeypatch):
     written = Scripted(*"abcde")
-    monkeypatch.setattr(llama4_jax.infer.chat, "generate", written)
+    monkeypatch.setattr(llama4_jax.infer.chat, "EngineCore", written.of_core())
     place = seeing.parent
     typed = f"""Hello
 /image {place / "b.jpg"}
@@ -319,7 +326,7 @@ Bye"""
 
 def test_a_chat_asks_for_the_results_of_calls(seeing, capsys, monkeypatch):
     written = Scripted("[zoom(by=2), zoom(by=3)]", "I see.", "[zoom(by=4)]")
-    monkeypatch.setattr(llama4_jax.infer.chat, "generate", written)
+    monkeypatch.setattr(llama4_jax.infer.chat, "EngineCore", written.of_core())
     tools = ("--tools", str(seeing.parent / "tools.json"))
     typed = "Look!\ntwice\nthrice\nAgain\n"
     code, stdout, stderr = run_here(capsys, monkeypatch, "chat", str(seeing), *tools, typed=typed)
@@ -331,7 +338,7 @@ def test_a_chat_asks_for_the_results_of_calls(seeing, capsys, monkeypatch):
 
 def test_a_chat_goes_on_after_an_error(seeing, capsys, monkeypatch):
     written = Scripted("ok")
-    monkeypatch.setattr(llama4_jax.infer.chat, "generate", written)
+    monkeypatch.setattr(llama4_jax.infer.chat, "EngineCore", written.of_core())
     typed = "x" * 3000 + "\nHi\n/quit\nnever\n"
     code, stdout, stderr = run_here(capsys, monkeypatch, "chat", str(seeing), typed=typed)
     assert (code, stdout) == (0, "ok\n")
@@ -341,12 +348,14 @@ def test_a_chat_goes_on_after_an_error(seeing, capsys, monkeypatch):
 
 SLOW = """
 import sys, time
+sys.path.insert(0, "tests")
 import infer, llama4_jax.infer.chat
-def slow(model, prompts, *, on_tokens, **how):
+from scripted_core import ScriptedCore
+def slow(prompt, **how):
     for _ in range(1000):
-        on_tokens([list(b"word ")])
+        yield list(b"word ")
         time.sleep(0.05)
-llama4_jax.infer.chat.generate = slow
+llama4_jax.infer.chat.EngineCore = ScriptedCore(slow)
 sys.exit(infer.main(["chat", sys.argv[1]]))
 """
 
@@ -430,7 +439,7 @@ def test_ctrl_c_at_any_line_of_the_chat_ends_no_chat(seeing, capsys, monkeypatch
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for number in itertools.count(1, 2):  # every second: each takes a while
-            monkeypatch.setattr(llama4_jax.infer.chat, "generate", Scripted("one", "two", "three"))
+            monkeypatch.setattr(llama4_jax.infer.chat, "EngineCore", Scripted("one", "two", "three").of_core())
             typed = "Hi\n/image nowhere.png\n/reset\nMore?\n/quit\n"
             with PressedAt(number, "infer.py", within=("chat", "ask", "end_reply", "show", "say_calls")) as press:
                 code, stdout, stderr = run_here(capsys, monkeypatch, "chat", str(seeing), typed=typed)
@@ -447,17 +456,17 @@ def test_ctrl_c_at_any_line_of_the_chat_ends_no_chat(seeing, capsys, monkeypatch
 
 def test_batch_says_by_its_exit_code_whether_all_was_answered(seeing, capsys, monkeypatch, tmp_path):
     written = Scripted(*"abcdef")
-    monkeypatch.setattr(llama4_jax.infer.batch, "generate", written)
+    monkeypatch.setattr(llama4_jax.infer.batch, "EngineCore", written.of_core())
     good = {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, "What?"]}]}
     source, out = seeing.parent / "in.jsonl", tmp_path / "out.jsonl"
     options = ("batch", str(seeing), "--in", str(source), "--out", str(out), "--batch-size", "2", "--seed", "4")
     source.write_text((json.dumps(good) + "\n") * 3)
     code, stdout, stderr = run_here(capsys, monkeypatch, *options)
     assert (code, stdout) == (0, f"{out}: 3 replies, 0 errors\n")
-    assert stderr == "2 answered, 0 of them by an error\n3 answered, 0 of them by an error\n"
+    assert stderr.splitlines()[-1] == "3 answered, 0 of them by an error"
     assert [json.loads(line)["message"]["content"] for line in out.read_text().splitlines()] == ["a", "b", "c"]
     how = {name: value for name, value in written.asked[0].items() if name not in ("prompts", "images")}
-    assert how == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 5, "cache": "float"}
+    assert how == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 5}
     with source.open("a") as more:
         more.write("{}\n" + json.dumps(good))
     code, stdout, stderr = run_here(capsys, monkeypatch, *options)

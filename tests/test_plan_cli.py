@@ -247,7 +247,7 @@ def test_configs_are_found_by_name_and_every_model_has_one_way_to_be_named():
     assert load_config("tiny").name == "tiny"
     with pytest.raises(ValueError, match=r"no config 'tinny'\. Did you mean tiny\?"):
         load_config("tinny")
-    assert mesh_search.PIECE == generate._PIECE  # the step that is planned is the one that runs
+    assert mesh_search.PIECE == generate.PIECE  # the step that is planned is the one that runs
 
 
 @needs_libtpu

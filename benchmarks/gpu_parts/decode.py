@@ -1,4 +1,4 @@
-"""How fast slices of Scout and Maverick read and decode, with real widths and the whole head, by `generate`'s own two
+"""How fast slices of Scout and Maverick read and decode, with real widths and the whole head, by the engine's own two
 compiled programs.
 
 What decoding must read is known (`model.flops.decode_bytes`): time is told as the share of the copy bandwidth that the
@@ -19,8 +19,9 @@ from gpu_parts.report import Case, Figures, Out, program_bytes, timed
 from gpu_parts.train import TINY, ceiling, chip
 from llama4_jax.config import RunConfig
 from llama4_jax.data.config import DataConfig
-from llama4_jax.infer import generate
-from llama4_jax.infer.sampling import make_sampling
+from llama4_jax.infer import engine_programs as programs
+from llama4_jax.infer.engine_programs import Pieces
+from llama4_jax.infer.rows import rows_of, settings_of, stacked
 from llama4_jax.mesh_search import Work, estimate
 from llama4_jax.model.config import ModelConfig, Precision
 from llama4_jax.model.presets import preset
@@ -97,7 +98,7 @@ def weights_of(model: ModelConfig, weights: str) -> nnx.State:
 
 def cache_of(graphdef: nnx.GraphDef, shapes: nnx.State, rows: int, slots: int):
     """The shapes of its arrays."""
-    return jax.eval_shape(lambda state: generate._empty_cache(graphdef, state, rows, slots, None), shapes)
+    return jax.eval_shape(lambda state: programs.empty_cache(graphdef, state, rows, slots, None), shapes)
 
 
 def held_cache(shapes, lengths: int):
@@ -114,25 +115,25 @@ def work_of(model: ModelConfig, weights: str, rows: int, held: int, step: str) -
 
 def decode_case(out: Out, name: str, weights: str, rows: int, held: int, tiny: bool) -> Case:
     model = slice_of(name, weights, tiny)
-    calls = generate.TOKENS_PER_CALL
-    how, numbers = make_sampling(), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    stops, scalar = jax.ShapeDtypeStruct((0,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    calls = programs.TOKENS_PER_CALL
+    settings = stacked([settings_of(model.vocab_size, plain=True)] * rows)
+    every, nobody, limit = np.ones((rows,), bool), np.bool_(False), np.int32(calls)
 
     def trace():
         graphdef, shapes = shapes_of(model, weights)
-        stopped = jax.ShapeDtypeStruct((rows,), jnp.bool_)
-        carried = cache_of(graphdef, shapes, rows, held), numbers, stopped, scalar, scalar
-        return generate._decode.trace(graphdef, shapes, *carried, how, scalar, stops)
+        carried = cache_of(graphdef, shapes, rows, held), jax.eval_shape(lambda: rows_of(settings, model.vocab_size))
+        return programs.decode.trace(graphdef, shapes, *carried, None, every, limit, nobody, None, processor=None)
 
     def measure(program) -> Figures:
         state = weights_of(model, weights)
         cache = [held_cache(cache_of(*shapes_of(model, weights), rows, held), held - calls)]
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, rows), jnp.int32)
-        stopped, lengths = jnp.zeros((rows,), bool), cache[0].lengths + 0
-        nothing, one = jnp.zeros((0,), jnp.int32), jnp.int32(1)
+        lengths = cache[0].lengths + 0
 
         def call():
-            cache[0], *rest = program(state, cache[0], tokens, stopped, one, jnp.int32(calls), how, one, nothing)
+            begun = rows_of(settings, model.vocab_size)
+            begun = begun._replace(token=tokens + 0, active=jnp.ones((rows,), bool), left=begun.left + calls)
+            cache[0], *rest = program(state, cache[0], begun, None, every, limit, nobody, None)
             cache[0] = cache[0]._replace(lengths=lengths + 0)  # so that each call decodes at the same places
             return rest
 
@@ -167,25 +168,29 @@ def prefill_case(out: Out, weights: str, tiny: bool) -> Case:
     """A prompt of 8192 tokens, read a piece at a time as `generate` does; the last piece is as long as the first."""
     model = slice_of("scout", weights, tiny)
     prompt, piece = (96, 32) if tiny else (8192, PIECE)
-    how, scalar = make_sampling(), jax.ShapeDtypeStruct((), jnp.int32)
+    settings = stacked([settings_of(model.vocab_size, plain=True)])
+
+    def where(start: int) -> Pieces:
+        return Pieces(None, np.array([start], np.int32), np.array([piece], np.int32), np.zeros((1,), bool))
 
     def trace():
         graphdef, shapes = shapes_of(model, weights)
-        cache_shapes = cache_of(graphdef, shapes, 1, prompt)
-        tokens, counts = jax.ShapeDtypeStruct((1, piece), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        return generate._prefill.trace(graphdef, shapes, cache_shapes, tokens, counts, None, how, scalar)
+        tokens = jax.ShapeDtypeStruct((1, piece), jnp.int32)
+        carried = cache_of(graphdef, shapes, 1, prompt), jax.eval_shape(lambda: rows_of(settings, model.vocab_size))
+        inputs = None, tokens, None, where(0), settings, None, None, None
+        return programs.read.trace(graphdef, shapes, *carried, *inputs, processor=None)
 
     def measure(program) -> Figures:
         state = weights_of(model, weights)
         cache = [held_cache(cache_of(*shapes_of(model, weights), 1, prompt), 0)]
         draw = np.random.default_rng(0).integers(0, model.vocab_size, (prompt // piece, 1, piece))
         pieces = [jnp.asarray(tokens, jnp.int32) for tokens in draw]
-        counts, one = jnp.full((1,), piece, jnp.int32), jnp.int32(1)
 
         def read():
-            cache[0] = cache[0]._replace(lengths=jnp.zeros((1,), jnp.int32))
-            for tokens in pieces:
-                cache[0], first = program(state, cache[0], tokens, counts, None, how, one)
+            begun = rows_of(settings, model.vocab_size)
+            for i, tokens in enumerate(pieces):
+                inputs = None, tokens, None, where(i * piece), settings, None, None, None
+                cache[0], begun, _, first, _ = program(state, cache[0], begun, *inputs)
             return first
 
         timing = timed(read, seconds=1.5)

@@ -25,7 +25,8 @@ from llama4_jax.config import RunConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
 from llama4_jax.infer.generate import generate
-from llama4_jax.infer.sampling import draw, filtered, make_sampling
+from llama4_jax.infer.rows import filtered, rows_of, settings_of, stacked
+from llama4_jax.infer.sampling import draw
 from llama4_jax.model.config import Precision
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.presets import preset
@@ -321,8 +322,8 @@ def sampling_cases(out: Out, tiny: bool) -> None:
 
     def filters(top_k, top_p) -> Figures:
         """How much probability stands elsewhere: the set is exact but for ties."""
-        how = make_sampling(temperature=0.7, top_k=top_k, top_p=top_p)
-        got = np.asarray(jax.nn.softmax(jax.jit(filtered)(jnp.asarray(logits), how)))
+        settings = stacked([settings_of(words, temperature=0.7, top_k=top_k, top_p=top_p, plain=True)] * rows)
+        got = np.asarray(jax.nn.softmax(jax.jit(filtered)(jnp.asarray(logits), rows_of(settings, words))))
         wanted = np.stack([oracles.filtered(row.astype(np.float64), 0.7, top_k, top_p) for row in logits])
         return judged(1e-4, moved=float(np.abs(got - wanted).sum(-1).max() / 2))
 

@@ -11,22 +11,24 @@ whoever writes requests need not be whoever runs them. The reply stands in a lin
 "request" tells which request, under which settings, it is the reply to. "problem", if it is there, is why something
 that looks like a call is none.
 
-Requests that follow one another and are sampled alike are answered together. Which ones these are depends on the file
-and the settings alone, and so do the numbers that sampling draws, which differ from line to line, also for equal lines:
-the replies are the same whether the run was interrupted or not.
+Requests share an engine: when one is done, the next takes its place. Replies are written in the order of the requests.
+What a reply is depends on its line and the settings alone, and not on what is answered beside it, so that replies are
+the same whether the run was interrupted or not. A line without a seed draws other numbers than the lines around it.
 """
 
+import collections
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama4_jax.infer import interrupt
-from llama4_jax.infer.generate import check_cache, generate
+from llama4_jax.infer.checks import check_cache
+from llama4_jax.infer.engine_core import EngineCore, Handle
+from llama4_jax.infer.rows import STOPS
 from llama4_jax.infer.sampling import MOST_ROWS, check_sampling, check_whole
 from llama4_jax.inputs.messages import Message, Picture, Tool, json_values, read_messages, read_tools
 from llama4_jax.inputs.picture_files import file_in
@@ -42,6 +44,7 @@ _LIMITS = ("max_tokens", "max_completion_tokens")  # OpenAI's two names of one t
 _READ = ("messages", "tools", *_LIMITS, *_SAMPLING, "seed")
 _IGNORED = ("n", "model", "stream", "user")  # of what OpenAI's API takes, what makes no difference here
 _AROUND = ("custom_id", "id", "method", "url")
+_AHEAD = 256  # lines that may be answered while one before them is not
 
 
 class Request(NamedTuple):
@@ -50,8 +53,17 @@ class Request(NamedTuple):
     line: int
     custom_id: Any
     body: dict[str, Any]
-    sampling: tuple[tuple[str, Any], ...]  # arguments of `generate`; seed is None where the line says none
+    sampling: dict[str, Any]  # arguments of `generate`; seed is None where the line says none
     error: str | None
+
+
+class _Asked(NamedTuple):
+    """A request on its way, and what of its reply is known."""
+
+    request: Request
+    reply: dict[str, Any]
+    handle: Handle | None  # None: it is answered by an error
+    tools: tuple[Tool, ...]
 
 
 class Progress(NamedTuple):
@@ -77,9 +89,9 @@ def answer_file(
     """Answers the requests of `source` that `destination` does not answer yet.
 
     - images_under: the folder in which pictures must be; that of `source` if it is None
-    - batch_size: requests answered together
-    - cache: of `generate`
-    - report: is called after each of these batches
+    - batch_size: requests answered at the same time
+    - cache: of keys and values, as in `generate`
+    - report: is called when replies have been written
     - defaults: for requests that do not say: max_new_tokens (512), temperature (0), top_p (1), top_k (None), seed (0)
 
     A line that is no request gets an error as its reply, and the others are answered. Raises as `check_files` and
@@ -92,26 +104,31 @@ def answer_file(
     digests = {number: _digest(line, defaults) for number, line in lines}
     _cut_off_half_a_line(destination)
     folders = (source.parent, images_under or source.parent)
-    model = model.unscanned()
+    stop_ids = tuple(processor.tokenizer.stop_ids)
+    core = EngineCore(model, slots=batch_size, cache=cache, plain=True, most_stops=max(STOPS, len(stop_ids)))
     earlier, done, errors = len(answered), 0, sum(answered.values())
-    with destination.open("ab") as out:
-        for batch in _batches((_read(number, line, defaults) for number, line in lines), batch_size):
+    coming = collections.deque((number, line) for number, line in lines if number not in answered)
+    asked: collections.deque[_Asked] = collections.deque()
+    with destination.open("ab") as out, core.placed():
+        while coming or asked:
             interrupt.check()
-            if all(request.line in answered for request in batch):
-                continue
-            replies = [
-                {**reply, "request": digests[reply["line"]]}
-                for reply in _answer(model, processor, batch, folders, defaults["seed"], cache)
-                if reply["line"] not in answered
-            ]
-            out.write(
-                b"".join(utf8(json.dumps(reply, ensure_ascii=False, allow_nan=False)) + b"\n" for reply in replies)
-            )
-            out.flush()
-            os.fsync(out.fileno())
-            done += len(replies)
-            errors += sum("error" in reply for reply in replies)
-            report(Progress(done, earlier, errors))
+            while coming and len(asked) < _AHEAD and sum(not _is_done(one) for one in asked) < 2 * batch_size:
+                request = _read(*coming.popleft(), defaults)
+                asked.append(_ask(core, processor, request, folders, defaults["seed"], stop_ids))
+            core.turn()
+            replies = []
+            while asked and _is_done(asked[0]):
+                reply = _reply(asked.popleft(), processor.tokenizer)
+                replies.append({**reply, "request": digests[reply["line"]]})
+            if replies:
+                out.write(
+                    b"".join(utf8(json.dumps(reply, ensure_ascii=False, allow_nan=False)) + b"\n" for reply in replies)
+                )
+                out.flush()
+                os.fsync(out.fileno())
+                done += len(replies)
+                errors += sum("error" in reply for reply in replies)
+                report(Progress(done, earlier, errors))
     return Progress(done, earlier, errors)
 
 
@@ -172,8 +189,7 @@ def _digest(line: bytes, defaults: Mapping[str, Any]) -> str:
 
 
 def _read(number: int, line: bytes, defaults: Mapping[str, Any]) -> Request:
-    """What can be read of a line without opening its pictures. One that cannot be read is sampled as the defaults say,
-    so that it stands in no batch of its own."""
+    """What can be read of a line without opening its pictures."""
     custom_id = None
     try:
         row = parse_json(line, where="this")
@@ -198,9 +214,9 @@ def _read(number: int, line: bytes, defaults: Mapping[str, Any]) -> Request:
         check_sampling(**{**sampling, "seed": sampling["seed"] or 0})
         if body.get("messages") is None:
             raise ValueError(f"it has no messages, but {', '.join(map(shown, list(body)[:8])) or 'nothing'}.")
-        return Request(number, custom_id, body, tuple(sorted(sampling.items())), None)
+        return Request(number, custom_id, body, sampling, None)
     except (ValueError, RecursionError) as error:
-        return Request(number, custom_id, {}, tuple(sorted({**defaults, "seed": None}.items())), str(error))
+        return Request(number, custom_id, {}, {}, str(error))
 
 
 def _custom_id(row: Mapping[str, Any]) -> Any:
@@ -225,49 +241,33 @@ def _number(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any
     return kind(value)
 
 
-def _batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
-    """Requests that follow one another and are sampled alike, so many at most."""
-    for _, alike in itertools.groupby(requests, key=lambda request: request.sampling):
-        while batch := list(itertools.islice(alike, size)):
-            yield batch
+def _is_done(asked: _Asked) -> bool:
+    return asked.handle is None or asked.handle.done
 
 
-def _answer(
-    model: Llama4,
+def _ask(
+    core: EngineCore,
     processor: Processor,
-    batch: Sequence[Request],
+    request: Request,
     folders: tuple[Path, Path],
     seed: int,
-    cache: str,
-) -> list[dict[str, Any]]:
-    """The replies, in order."""
-    replies: dict[int, dict[str, Any]] = {}
-    asked: list[tuple[Request, Prompt, tuple[Tool, ...]]] = []
-    for request in batch:
-        replies[request.line] = {"line": request.line}
-        if request.custom_id is not None:
-            replies[request.line]["custom_id"] = request.custom_id
-        try:
-            if request.error is not None:
-                raise ValueError(request.error)
-            asked.append((request, *_prompt(request, processor, folders, model.config.context_length)))
-        except (ValueError, OSError, RecursionError) as error:
-            replies[request.line]["error"] = f"line {request.line}: {error}"
-    sampling = dict(batch[0].sampling)
+    stop_ids: tuple[int, ...],
+) -> _Asked:
+    """Submits what can be submitted."""
+    reply: dict[str, Any] = {"line": request.line}
+    if request.custom_id is not None:
+        reply["custom_id"] = request.custom_id
+    try:
+        if request.error is not None:
+            raise ValueError(request.error)
+        prompt, tools = _prompt(request, processor, folders, core.context)
+    except (ValueError, OSError, RecursionError) as error:
+        return _Asked(request, {**reply, "error": f"line {request.line}: {error}"}, None, ())
+    sampling = dict(request.sampling)
     if sampling["seed"] is None:
-        sampling["seed"] = (seed + batch[0].line) % (1 << 31)
-    rows = generate(
-        model,
-        [prompt.tokens for _, prompt, _ in asked],
-        images=[prompt.tiles for _, prompt, _ in asked],
-        stop_ids=processor.tokenizer.stop_ids,
-        cache=cache,
-        **sampling,
-    )
-    for (request, prompt, tools), row in zip(asked, rows, strict=True):
-        replies[request.line] |= _reply(row, request.line, tools, processor.tokenizer)
-        replies[request.line]["usage"] = {"prompt_tokens": len(prompt.tokens), "completion_tokens": len(row)}
-    return list(replies.values())
+        sampling["seed"] = (seed + request.line) % (1 << 31)
+    handle = core.submit(prompt.tokens, tiles=prompt.tiles, stop_ids=stop_ids, **sampling)
+    return _Asked(request, reply, handle, tools)
 
 
 def _prompt(
@@ -276,7 +276,7 @@ def _prompt(
     tools = request.body.get("tools")
     tools = () if tools is None else read_tools(tools)
     prompt = processor.prompt(_beside(request.body["messages"], *folders), tools=tools)
-    new = dict(request.sampling)["max_new_tokens"]
+    new = request.sampling["max_new_tokens"]
     if len(prompt.tokens) + new > context:
         raise ValueError(
             f"the conversation has {len(prompt.tokens)} tokens, and with {new} new ones it exceeds the model's "
@@ -300,11 +300,14 @@ def _beside(messages: Any, folder: Path, within: Path) -> list[Message]:
     return said
 
 
-def _reply(row: Sequence[int], line: int, tools: tuple[Tool, ...], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the tokens of a row say, as OpenAI's API gives it."""
-    stopped = row[-1] in tokenizer.stop_ids
+def _reply(asked: _Asked, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the tokens of a reply say, as OpenAI's API gives it; or why there are none."""
+    if asked.handle is None:
+        return asked.reply
+    row, line = [token.id for token in asked.handle.so_far()], asked.request.line
+    stopped = asked.handle.finish_reason == "stop"
     text = tokenizer.decode(row[:-1] if stopped else row)
-    parsed = parse_reply(text, tools) if tools else ParsedReply(text, (), None)
+    parsed = parse_reply(text, asked.tools) if asked.tools else ParsedReply(text, (), None)
     message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
     if parsed.tool_calls:
         message["tool_calls"] = [
@@ -317,4 +320,5 @@ def _reply(row: Sequence[int], line: int, tools: tuple[Tool, ...], tokenizer: To
         ]
     reason = ("tool_calls" if parsed.tool_calls else "stop") if stopped else "length"
     problem = {} if parsed.problem is None else {"problem": parsed.problem}
-    return {"message": message, "finish_reason": reason, **problem}
+    usage = {"prompt_tokens": asked.handle.prompt_tokens, "completion_tokens": len(row)}
+    return {**asked.reply, "message": message, "finish_reason": reason, **problem, "usage": usage}

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama4_jax.infer import interrupt
-from llama4_jax.infer.generate import check_cache, generate
+from llama4_jax.infer.checks import check_cache
+from llama4_jax.infer.engine_core import EngineCore
+from llama4_jax.infer.rows import STOPS
 from llama4_jax.infer.sampling import check_sampling
 from llama4_jax.inputs.messages import Message, Picture, Tool, ToolCall, read_tools
 from llama4_jax.inputs.tokenizer import StreamDecoder
@@ -46,7 +48,7 @@ class Chat:
     - tools: that the model may call; without any, all that it writes is text
     - functions: what runs a tool, by its name, with the call's arguments. It returns text, or anything that JSON can
       hold; what it raises is told to the model
-    - cache: of `generate`
+    - cache: of keys and values, as in `generate`
     - sampling: arguments of `generate`: max_new_tokens (512), temperature, top_p, top_k, and the seed of the first
       reply; each after it has the next
 
@@ -76,6 +78,7 @@ class Chat:
             raise ValueError(f"functions has {name!r}, which no tool declares: describe it in tools.")
         self.messages: list[Message] = []
         self._replies = 0
+        self._core: EngineCore | None = None
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
@@ -160,10 +163,10 @@ class Chat:
         def read(text: str) -> None:
             show(stream.feed(text) if self.tools else [text] if text else [])
 
-        def take(gained: list[list[int]]) -> None:
+        def take(gained: list[int]) -> None:
             interrupt.check()
-            written.extend(gained[0])
-            read(decoder.feed(*(token for token in gained[0] if token not in tokenizer.stop_ids)))
+            written.extend(gained)
+            read(decoder.feed(*(token for token in gained if token not in tokenizer.stop_ids)))
 
         room = self.model.config.context_length - len(tokens)
         if room < 1:
@@ -173,12 +176,11 @@ class Chat:
             )
         limit = min(self.sampling["max_new_tokens"], room)
         seed = (self.sampling["seed"] + self._replies) % (1 << 31)
-        sampling = {**self.sampling, "max_new_tokens": limit, "seed": seed, "cache": self.cache}
+        sampling = {**self.sampling, "max_new_tokens": limit, "seed": seed}
         self._replies += 1
         try:
             with interrupt.stoppable():
-                generate(self.model, [tokens], images=[tiles], stop_ids=tokenizer.stop_ids, on_tokens=take, **sampling)
-            reason = "stop" if written[-1] in tokenizer.stop_ids else "length"
+                reason = self._write(tokens, tiles, take, sampling)
         except KeyboardInterrupt:
             reason = "interrupted"
         read(decoder.flush())
@@ -188,6 +190,23 @@ class Chat:
         message = Message("assistant", tuple(filter(None, ["".join(content)])), tuple(calls))
         self.messages.append(message)
         return Reply(message, len(written), reason, stream.problem)
+
+    def _write(
+        self, tokens: Sequence[int], tiles: Any, take: Callable[[list[int]], None], sampling: dict[str, Any]
+    ) -> str:
+        """Gives `take` the tokens of a reply as they come. Returns why it ended."""
+        stop_ids = tuple(self.processor.tokenizer.stop_ids)
+        core, self._core = self._core, None  # what Ctrl-C leaves behind is of no use
+        if core is None:
+            core = EngineCore(self.model, slots=1, cache=self.cache, plain=True, most_stops=max(STOPS, len(stop_ids)))
+        handle, taken = core.submit(tokens, tiles=tiles, stop_ids=stop_ids, **sampling), 0
+        with core.placed():
+            while core.turn():
+                if new := [token.id for token in handle.so_far()[taken:]]:
+                    taken += len(new)
+                    take(new)
+        self._core = core  # it holds the conversation so far, which the next turn need not read again
+        return handle.finish_reason
 
     def _run(self, call: ToolCall) -> str:
         problem = problem_with(call, self.tools)

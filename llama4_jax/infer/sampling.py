@@ -1,54 +1,24 @@
-"""Choosing the next token: the most likely one, or a draw.
+"""Drawing tokens, and the numbers that say how. `rows` applies temperature, top-k and top-p, in that order, as
+transformers does.
 
-Temperature, top-k and top-p apply in that order, as in transformers. Neither filter sorts the vocabulary: both keep
-the tokens at or above some logit, and a search over the 32 bits of a float32 finds that logit exactly. (Sorting
-202 048 logits takes longer than the rest of a small model's step.) Tokens that tie with the last one kept are kept.
-
-Every row has a stream of random numbers of its own: what it draws depends on the seed, its index and how many tokens
-it has drawn, and not on the rows beside it.
+Neither filter sorts the vocabulary: both keep the tokens at or above some logit, and a search over the 32 bits of a
+float32 finds that logit exactly. (Sorting 202 048 logits takes longer than the rest of a small model's step.) Tokens
+that tie with the last one kept are kept.
 """
 
 import numbers
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
-
-
-class Sampling(NamedTuple):
-    """How tokens are chosen. What is None is not compiled; what is an array can change without compiling again."""
-
-    temperature: Float[Array, ""] | None  # None: the most likely token
-    top_k: Int[Array, ""] | None
-    top_p: Float[Array, ""] | None
-
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 # Below it a temperature is 0: logits, divided by it, could leave float32, and no two of a model's are so near that the
 # draw would be another one.
 LEAST_TEMPERATURE = 1e-30
 MOST_ROWS = 4096  # of one call of `generate` by the command line: all have their cache at the same time
-
-
-def make_sampling(*, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0) -> Sampling:
-    """Checks the three values, as float32s and an int32, which is what they are used as.
-
-    With temperature 0, or one below `LEAST_TEMPERATURE`, the most likely token is taken, whatever the filters. A top_p
-    too small for a float32 leaves the most likely token too; one that is 1 as a float32 leaves every token.
-
-    Raises as `check_sampling`.
-    """
-    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    temperature, top_p = float(temperature), float(top_p)
-    if temperature < LEAST_TEMPERATURE:
-        return Sampling(None, None, None)
-    return Sampling(
-        temperature=jnp.float32(temperature),
-        top_k=None if top_k is None else jnp.int32(operator.index(top_k)),
-        top_p=None if np.float32(top_p) == 1 else jnp.float32(max(top_p, float(np.finfo(np.float32).tiny))),
-    )
 
 
 def check_sampling(
@@ -109,23 +79,6 @@ def _shown(value: Any) -> str:
     return f"{value!r:.60}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
-def row_keys(seed: Int[Array, ""] | int, rows: int) -> Key[Array, " B"]:
-    """One random stream a row."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-
-
-def sample(
-    logits: Float[Array, "B V"], how: Sampling, keys: Key[Array, " B"], drawn: Int[Array, ""] | int
-) -> Int[Array, " B"]:
-    """The next token of each row, `drawn` tokens after the first."""
-    logits = logits.astype(jnp.float32)
-    if how.temperature is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, drawn)
-    above_zero = 1 - jax.vmap(jax.random.uniform)(keys)
-    return draw(jax.nn.softmax(filtered(logits, how), axis=-1), above_zero)
-
-
 _BLOCK = 512  # near the square root of a large vocabulary
 
 
@@ -154,16 +107,6 @@ def _first_to_reach(
     reached = (running_sum >= target) & (weights > 0)
     index = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), jnp.argmax(weights, axis=-1))
     return index.astype(jnp.int32)[:, None]
-
-
-def filtered(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
-    """The logits of the distribution that is drawn from: divided by the temperature, -inf where a filter applies."""
-    logits = logits / how.temperature
-    if how.top_k is not None:
-        logits = jnp.where(fewest(logits, jnp.ones_like(logits), how.top_k), logits, -jnp.inf)
-    if how.top_p is not None:
-        logits = jnp.where(fewest(logits, jax.nn.softmax(logits, axis=-1), how.top_p), logits, -jnp.inf)
-    return logits
 
 
 def fewest(

@@ -3,8 +3,9 @@
     state, plan = step(limits, State(), [Arrived(Request(id=0, length=300, new=64))])
 
 A request waits, is admitted to a free slot of the cache, has its prompt read in pieces, and is decoded until it is
-gone. First come, first served. Between two calls that decode, a bounded number of a prompt's tokens is read, so that a
-long prompt holds up nobody's reply for long; and while prompts are read, replies go on.
+gone. First come, first served: one that is too long for a slot waits for longer ones, and so do those behind it.
+Between two calls that decode, a bounded number of a prompt's tokens is read, so that a long prompt holds up nobody's
+reply for long; and while prompts are read, replies go on.
 
 Pieces are cut at multiples of their size, counted from the start of the prompt, so that what is computed together does
 not depend on what was found in a cache, or on who else was there.
@@ -104,7 +105,7 @@ def step(
         else:
             waiting.append(event.request)
     admitted = []
-    while waiting and len(running) < limits.slots:
+    while waiting and len(running) < limits.slots and waiting[0].length + waiting[0].new <= limits.context:
         taken = {one.slot for one in running}
         free = tuple(slot for slot in range(limits.slots) if slot not in taken)
         slot, read = place(waiting[0], free)

@@ -1,7 +1,7 @@
 """A file of requests is answered, bad lines and all, and the replies do not know whether the run was interrupted.
 
 But for the test of a real model, replies are a digest of what the model is asked and, with temperature, of what it
-would draw: its seed and its row."""
+would draw: its seed."""
 
 import base64
 import hashlib
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro_run import PICTURES, picture_model, picture_processor
 from PIL import Image
+from scripted_core import ScriptedCore
 
 from llama4_jax.infer import batch as module
 from llama4_jax.infer.batch import Progress, answer_file
@@ -29,25 +30,20 @@ TIME = {"type": "function", "function": {"name": "get_time", "parameters": {"pro
 
 
 class Digests:
-    """In place of `generate`."""
+    """What is written."""
 
     def __init__(self, script=()):
-        self.batches = []
+        self.asked = []
         self.script = dict(script)  # last words of the user → what is written
 
-    def __call__(
-        self, model, prompts, *, images, stop_ids, max_new_tokens, temperature, top_p, top_k, seed, cache="float"
-    ):
-        assert stop_ids == TOKENIZER.stop_ids and cache == "float"
-        self.batches.append((len(prompts), max_new_tokens, temperature, top_p, top_k, seed))
-        rows = []
-        for i, (prompt, tiles) in enumerate(zip(prompts, images, strict=True)):
-            drawn = (seed, i) if temperature else None
-            asked = repr((prompt, None if tiles is None else tiles.tobytes(), drawn)).encode()
-            text = next((text for words, text in self.script.items() if words in TOKENIZER.decode(prompt)), None)
-            row = [*TOKENIZER.encode(text or f"é{hashlib.blake2b(asked, digest_size=4).hexdigest()}"), EOT]
-            rows.append(row[:max_new_tokens])
-        return rows
+    def __call__(self, prompt, *, tiles, stop_ids, max_new_tokens, temperature, top_p, top_k, seed):
+        assert set(stop_ids) == set(TOKENIZER.stop_ids)
+        self.asked.append((max_new_tokens, temperature, top_p, top_k, seed))
+        drawn = seed if temperature else None
+        asked = repr((prompt, None if tiles is None else tiles.tobytes(), drawn)).encode()
+        text = next((text for words, text in self.script.items() if words in TOKENIZER.decode(prompt)), None)
+        row = [*TOKENIZER.encode(text or f"é{hashlib.blake2b(asked, digest_size=4).hexdigest()}"), EOT]
+        return [[token] for token in row[:max_new_tokens]]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,7 @@ def model():
 @pytest.fixture
 def digests(monkeypatch):
     made = Digests()
-    monkeypatch.setattr(module, "generate", made)
+    monkeypatch.setattr(module, "EngineCore", ScriptedCore(made))
     return made
 
 
@@ -87,8 +83,8 @@ def alone(request, **how):
     """What the fake answers to one request."""
     tokens, tiles = PROCESSOR.prompt(request["messages"], tools=request.get("tools", ()))
     settings = {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 0, **how}
-    (row,) = Digests()(None, [tokens], images=[tiles], stop_ids=TOKENIZER.stop_ids, **settings)
-    return TOKENIZER.decode([token for token in row if token != EOT])
+    row = Digests()(tokens, tiles=tiles, stop_ids=TOKENIZER.stop_ids, **settings)
+    return TOKENIZER.decode([token for (token,) in row if token != EOT])
 
 
 def png(value, size=28):
@@ -114,18 +110,21 @@ def test_replies_stand_in_the_order_of_the_requests_as_openai_has_them(answer, d
         )
     ]  # fmt: skip
     assert answer.progress == Progress(done=4, earlier=0, errors=0)
-    assert [batch[:2] for batch in digests.batches] == [(1, 512), (1, 4), (2, 512)]
+    assert [asked[0] for asked in digests.asked] == [512, 4, 512, 512]
 
 
-def test_requests_that_are_sampled_alike_are_answered_together(answer, digests):
-    answer([asks(str(i), temperature=1, top_p=0.5, top_k=3.0) for i in range(5)] + [asks("x", seed=4), asks("y")],
-           batch_size=1000, max_new_tokens=20, seed=7)  # fmt: skip
-    assert digests.batches == [(5, 20, 1.0, 0.5, 3, 7 + 1), (1, 20, 0.0, 1.0, None, 4), (1, 20, 0.0, 1.0, None, 7 + 7)]
+def test_every_request_is_sampled_as_it_says(answer, digests):
+    answer([*[asks(str(i), temperature=1, top_p=0.5, top_k=3.0) for i in range(2)], asks("x", seed=4), asks("y")],
+           max_new_tokens=20, seed=7)  # fmt: skip
+    alike = [(20, 1.0, 0.5, 3, 7 + line) for line in (1, 2)]
+    assert digests.asked == [*alike, (20, 0.0, 1.0, None, 4), (20, 0.0, 1.0, None, 7 + 4)]
 
 
 def test_equal_requests_draw_other_numbers_on_every_line(answer):
     replies = answer([asks("Dice?", temperature=1)] * 9, batch_size=4)
     assert len({reply["message"]["content"] for reply in replies}) == 9
+    same = answer([asks("Dice?", temperature=1, seed=5)] * 2, "same.jsonl")  # but with one seed the same
+    assert same[0]["message"] == same[1]["message"]
 
 
 def test_pictures_come_from_beside_the_file_or_from_the_line(answer, tmp_path, monkeypatch):
@@ -260,7 +259,7 @@ def test_an_id_of_half_a_character_stops_nothing(answer):
 def test_a_run_killed_at_any_byte_goes_on_to_the_same_file(answer, tmp_path, digests):
     rows = [
         asks("one", temperature=0.7), asks("two", temperature=0.7), b"no request", asks("three", temperature=0.7),
-        asks("four", temperature=0.7, seed=5), asks("five", temperature=0.7, seed=5), asks("six", custom_id="ü"),
+        asks("four", temperature=0.7, seed=5), asks("five", max_tokens=2), asks("six", custom_id="ü"),
         *[asks(f"{i}", temperature=1.0) for i in range(8)],
     ]  # fmt: skip
     answer(rows, batch_size=3)
@@ -273,9 +272,9 @@ def test_a_run_killed_at_any_byte_goes_on_to_the_same_file(answer, tmp_path, dig
         assert path.read_bytes() == whole
         before = whole[:size].count(b"\n")
         assert answer.progress == Progress(done=len(rows) - before, earlier=before, errors=1)
-    digests.batches.clear()
+    digests.asked.clear()
     answer(rows, batch_size=3)
-    assert digests.batches == []  # nothing was left to do
+    assert digests.asked == []  # nothing was left to do
 
 
 def test_what_is_answered_is_not_opened_again(answer, tmp_path):
@@ -341,7 +340,7 @@ def test_no_requests_have_no_replies(answer):
 
 
 def test_what_does_not_serve_is_said_before_anything_is_asked(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "generate", None)
+    monkeypatch.setattr(module, "EngineCore", None)
     source = tmp_path / "in.jsonl"
     source.write_bytes(lines([asks("x")]))
     for here, there, how, kind, message in [
@@ -357,10 +356,11 @@ def test_what_does_not_serve_is_said_before_anything_is_asked(model, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_is_reported_after_each_batch(answer):
+def test_progress_is_reported_when_replies_are_written(answer, digests):
+    digests.script = {"long": "long" * 20, "short": "short"}
     seen = []
-    answer([asks("a"), b"x", asks("b"), asks("c")], batch_size=2, report=seen.append)
-    assert seen == [Progress(2, 0, 1), Progress(4, 0, 1)]
+    answer([asks("long"), b"x", asks("short"), asks("long")], batch_size=1, report=seen.append)
+    assert seen == [Progress(3, 0, 1), Progress(4, 0, 1)]  # in order: those after a long reply wait for it
 
 
 def test_a_real_model_answers_as_generate_does_and_goes_on_where_it_stopped(tmp_path):
@@ -377,10 +377,13 @@ def test_a_real_model_answers_as_generate_does_and_goes_on_where_it_stopped(tmp_
     good = [asks("Hello"), asks([{**part, "path": tmp_path / part["path"]} if isinstance(part, dict) else part
                                  for part in picture]), *rows[3:]]  # fmt: skip
     prompts = [PROCESSOR.prompt(request["messages"]) for request in good]
-    expected = generate(
-        model, [p.tokens for p in prompts], images=[p.tiles for p in prompts], stop_ids=TOKENIZER.stop_ids,
-        max_new_tokens=6, temperature=0.9, seed=2 + 1,
-    )  # fmt: skip
+    expected = [
+        generate(
+            model, [prompt.tokens], images=[prompt.tiles], stop_ids=TOKENIZER.stop_ids, max_new_tokens=6,
+            temperature=0.9, seed=2 + line,
+        )[0]
+        for line, prompt in zip((1, 3, 4, 5), prompts, strict=True)
+    ]  # fmt: skip
     replies = [json.loads(line) for line in whole.splitlines()]
     texts = [TOKENIZER.decode([t for t in row if t not in TOKENIZER.stop_ids]) for row in expected]
     assert [replies[i]["message"]["content"] for i in (0, 2, 3, 4)] == texts
@@ -420,4 +423,4 @@ def test_any_line_is_a_request_or_one_short_error_and_its_reply_is_json(row, pla
         json.dumps(request.custom_id, allow_nan=False)
         assert request.error is None or 0 < len(request.error) < 500
         if request.error is None:
-            check_sampling(**{**dict(request.sampling), "seed": dict(request.sampling)["seed"] or 0})
+            check_sampling(**{**request.sampling, "seed": request.sampling["seed"] or 0})

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from micro_run import PICTURES, picture_model, picture_processor
 from pressed_at import PressedAt
+from scripted_core import ScriptedCore
 
 from llama4_jax.infer import chat as module
 from llama4_jax.infer.chat import Chat, Reply, written_call
@@ -33,7 +34,7 @@ ADD = {"name": "add", "parameters": {"properties": {"a": {"type": "number"}, "b"
 
 
 class Script:
-    """In place of `generate`: writes the replies that it is given, and keeps what it was asked.
+    """Writes the replies that it is given, and keeps what it was asked.
 
     A reply is a list of pieces: text, token ids, or an exception that is raised there.
     """
@@ -42,17 +43,11 @@ class Script:
         self.replies = list(replies)
         self.asked = []
 
-    def __call__(self, model, prompts, *, images, on_tokens, stop_ids, **sampling):
-        assert stop_ids == TOKENIZER.stop_ids
-        (prompt,), (tiles,) = prompts, images
+    def __call__(self, prompt, *, tiles, stop_ids, **sampling):
+        assert set(stop_ids) == set(TOKENIZER.stop_ids)
         self.asked.append({"tokens": prompt, "tiles": tiles, **sampling})
-        written = []
-        for piece in self.replies.pop(0):
-            if isinstance(piece, BaseException | type):
-                raise piece
-            written += TOKENIZER.encode(piece) if isinstance(piece, str) else piece
-            on_tokens([TOKENIZER.encode(piece) if isinstance(piece, str) else list(piece)])
-        return [written]
+        reply = self.replies.pop(0)
+        return [TOKENIZER.encode(piece) if isinstance(piece, str) else piece for piece in reply]
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def talk(monkeypatch):
 
     def make(*replies, **options):
         script = Script(*replies)
-        monkeypatch.setattr(module, "generate", script)
+        monkeypatch.setattr(module, "EngineCore", ScriptedCore(script))
         return Chat(model, PROCESSOR, **options), script
 
     return make
@@ -107,7 +102,7 @@ def test_every_reply_is_drawn_with_another_seed(talk):
     chat.reset()
     chat.say("x")
     how = [{name: value for name, value in asked.items() if name not in ("tokens", "tiles")} for asked in script.asked]
-    common = {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7, "cache": "float"}
+    common = {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}
     assert how == [{**common, "seed": (1 << 31) - 1}, {**common, "seed": 0}]
 
 
@@ -298,8 +293,8 @@ def test_ctrl_c_at_any_line_of_a_reply_stops_it(talk, default_handler):
     """It is never lost: either the reply says that it was interrupted, or KeyboardInterrupt comes out."""
     outcomes = set()
     for number in itertools.count(1, 3):
-        chat, _ = talk(["[get_time(city='Oslo')]", [EOT]], ["It is ", "late.", [EOT]], ["Yes.", [EOT]], tools=[TIME],
-                       functions={"get_time": lambda city: "23:00"})  # fmt: skip
+        chat, script = talk(["[get_time(city='Oslo')]", [EOT]], ["It is ", "late.", [EOT]], ["Yes.", [EOT]],
+                            tools=[TIME], functions={"get_time": lambda city: "23:00"})  # fmt: skip
         try:
             with PressedAt(number, "infer/chat.py", "infer/interrupt.py") as press:
                 reply = chat.say("Time?")
@@ -311,7 +306,7 @@ def test_ctrl_c_at_any_line_of_a_reply_stops_it(talk, default_handler):
         assert outcome in ("interrupted", "raised"), number
         outcomes.add(outcome)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        module.generate.replies = [["Yes.", [EOT]]]
+        script.replies = [["Yes.", [EOT]]]
         assert chat.say("And now?").message.text == "Yes."
         assert [m.role for m in chat.messages[-2:]] == ["user", "assistant"]
     assert number > 60 and outcomes == {"interrupted", "raised"}
@@ -326,14 +321,14 @@ def test_ctrl_c_that_python_drops_stops_a_reply(talk, default_handler, monkeypat
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    def writes(model, prompts, *, on_tokens, **how):
+    def writes(prompt, **how):
         for i in range(100):
             if i == 2:
                 Finalized()
-            on_tokens([TOKENIZER.encode("word ")])
+            yield TOKENIZER.encode("word ")
 
     chat, _ = talk()
-    monkeypatch.setattr(module, "generate", writes)
+    monkeypatch.setattr(module, "EngineCore", ScriptedCore(writes))
     reply = chat.say("Hi")
     assert [one.exc_type for one in dropped] == [KeyboardInterrupt]
     assert (reply.message.text, reply.finish_reason) == ("word word ", "interrupted")

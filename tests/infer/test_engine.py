@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama4_jax.infer import engine as module
+from llama4_jax.infer import engine_programs as programs
 from llama4_jax.infer.engine import Engine, EngineDied, Full
 from llama4_jax.infer.generate import generate
 from llama4_jax.model.config import ModelConfig, Precision, VisionConfig
@@ -138,7 +138,7 @@ def test_a_request_that_is_cancelled_frees_its_slot_and_harms_nobody(engine):
     assert [[(token.id, token.logprob) for token in handle.result()] for handle in handles] == want
     assert {handle.finish_reason for handle in endless} <= {"cancelled", "length"} and endless[4].result() == []
     assert {handle.finish_reason for handle in handles} <= {"stop", "length"}
-    assert engine.stats.running <= 3 and engine._open == 0
+    assert engine.stats.running <= 3 and engine._core._open == 0
 
 
 def test_a_prompt_is_scored(engine, model):
@@ -182,11 +182,11 @@ def test_a_constraint_is_kept_and_others_do_not_feel_it(engine):
 
 
 def test_nothing_is_compiled_after_the_start(engine):
-    programs = [module._read, module._decode, module._copy, module._encode, module._start]
-    before = [program._cache_size() for program in programs]
+    compiled = [programs.read, programs.decode, programs.copy, programs.encode, programs.empty_cache]
+    before = [program._cache_size() for program in compiled]
     answers(engine, requests(6, seed=6, pictures=True))
     engine.submit([1] * 30, max_new_tokens=2, frequency_penalty=1.0, logit_bias={4: 5.0}, top_logprobs=2).result()
-    assert [program._cache_size() for program in programs] == before
+    assert [program._cache_size() for program in compiled] == before
 
 
 def test_listeners_hear_every_token_and_the_end(engine):
@@ -228,21 +228,21 @@ def test_what_cannot_be_is_refused_at_once(engine, change, says):
 def test_a_full_queue_and_a_death_are_said(model, monkeypatch):
     engine = Engine(model, **HOW, max_waiting=1)
     held = threading.Event()
-    decode = module._decode
+    decode = programs.decode
 
-    def slow(*args):
+    def slow(*args, **how):
         held.wait()
-        return decode(*args)
+        return decode(*args, **how)
 
-    monkeypatch.setattr(module, "_decode", slow)
+    monkeypatch.setattr(programs, "decode", slow)
     handles = [engine.submit([1, 2], max_new_tokens=9) for _ in range(4)]
     with pytest.raises(Full, match="3 requests run and 1 wait, which is all that may"):
         engine.submit([1, 2], max_new_tokens=9)
 
-    def broken(*args):
+    def broken(*args, **how):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(module, "_decode", broken)
+    monkeypatch.setattr(programs, "decode", broken)
     held.set()
     for handle in handles:
         with pytest.raises(EngineDied):

@@ -9,7 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from llama4_jax.infer.sampling import check_sampling, draw, filtered, make_sampling, row_keys, sample
+from llama4_jax.infer.rows import Row, choose, filtered, rows_of, settings_of, stacked
+from llama4_jax.infer.sampling import check_sampling, draw
+
+jitted_choose, jitted_filtered = jax.jit(choose), jax.jit(filtered)
+
+
+def rows(count: int, vocab: int, drawn: int = 0, **how) -> Row:
+    """As many, which draw one stream after another of a seed's random numbers."""
+    each = [settings_of(vocab, stream=row, plain=True, **how) for row in range(count)]
+    return rows_of(stacked(each), vocab)._replace(drawn=jnp.full((count,), drawn))
+
+
+def sample(logits: jax.Array, drawn: int = 0, **how) -> np.ndarray:
+    return np.asarray(jitted_choose(logits, rows(*logits.shape, drawn, **how)).token)
+
+
+def left(logits: jax.Array, **how) -> np.ndarray:
+    return np.asarray(jitted_filtered(logits, rows(*logits.shape, **how)))
 
 
 def logits_of(rows: int, vocab: int, seed: int = 0) -> jax.Array:
@@ -18,8 +35,8 @@ def logits_of(rows: int, vocab: int, seed: int = 0) -> jax.Array:
 
 def test_temperature_zero_takes_the_most_likely_token_whatever_the_filters():
     logits = logits_of(4, 1000)
-    for how in (make_sampling(), make_sampling(temperature=0.0, top_k=5, top_p=0.3)):
-        np.testing.assert_array_equal(sample(logits, how, row_keys(0, 4), 0), logits.argmax(-1))
+    for how in ({}, {"temperature": 0.0, "top_k": 5, "top_p": 0.3}):
+        np.testing.assert_array_equal(sample(logits, **how), logits.argmax(-1))
 
 
 @settings(max_examples=30, deadline=None)
@@ -31,7 +48,7 @@ def test_temperature_zero_takes_the_most_likely_token_whatever_the_filters():
 )
 def test_the_same_tokens_are_left_as_in_transformers(temperature, top_k, top_p, seed):
     logits = logits_of(3, 200, seed)
-    ours = filtered(logits, make_sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    ours = left(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     theirs += [] if top_k is None else [TopKLogitsWarper(top_k)]
     theirs += [] if top_p == 1 else [TopPLogitsWarper(top_p)]
@@ -43,13 +60,13 @@ def test_the_same_tokens_are_left_as_in_transformers(temperature, top_k, top_p, 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     probabilities = np.array([[0.1, 0.5, 0.05, 0.3, 0.05]], np.float32)
     for top_p, kept in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 3]), (0.81, [0, 1, 3]), (0.9, [0, 1, 3])):
-        left = filtered(jnp.log(probabilities), make_sampling(temperature=1.0, top_p=top_p - 1e-6))
-        assert np.flatnonzero(np.isfinite(left[0])).tolist() == kept, top_p
+        found = left(jnp.log(probabilities), temperature=1.0, top_p=top_p - 1e-6)
+        assert np.flatnonzero(np.isfinite(found[0])).tolist() == kept, top_p
 
 
 def test_ties_with_the_last_token_kept_are_kept():
-    left = filtered(jnp.array([[2.0, 1.0, 1.0, 0.0, 1.0]]), make_sampling(temperature=1.0, top_k=2))
-    assert np.isfinite(left[0]).tolist() == [True, True, True, False, True]
+    found = left(jnp.array([[2.0, 1.0, 1.0, 0.0, 1.0]]), temperature=1.0, top_k=2)
+    assert np.isfinite(found[0]).tolist() == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 6}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.8}])
@@ -57,9 +74,8 @@ def test_frequencies_are_the_probabilities(settings):
     """Pearson's χ² of 20 000 draws, one a row; 12 tokens, so at most 11 degrees of freedom."""
     draws = 20_000
     logits = logits_of(1, 12, seed=1) / 2
-    how = make_sampling(temperature=0.8, **settings)
-    drawn = sample(jnp.repeat(logits, draws, axis=0), how, row_keys(7, draws), 3)
-    expected = draws * np.asarray(jax.nn.softmax(filtered(logits, how)))[0]
+    drawn = sample(jnp.repeat(logits, draws, axis=0), 3, temperature=0.8, seed=7, **settings)
+    expected = draws * np.asarray(jax.nn.softmax(left(logits, temperature=0.8, **settings)))[0]
     counts = np.bincount(drawn, minlength=12)
     assert (counts[expected == 0] == 0).all()
     likely = expected > 0
@@ -69,10 +85,9 @@ def test_frequencies_are_the_probabilities(settings):
 
 def test_what_a_row_draws_depends_on_seed_row_and_step_alone():
     logits = logits_of(1, 500).repeat(6, axis=0)
-    how = make_sampling(temperature=1.0)
 
-    def steps(rows: int, seed: int) -> np.ndarray:
-        return np.stack([sample(logits[:rows], how, row_keys(seed, rows), step) for step in range(20)])
+    def steps(count: int, seed: int) -> np.ndarray:
+        return np.stack([sample(logits[:count], step, temperature=1.0, seed=seed) for step in range(20)])
 
     six = steps(6, seed=0)
     np.testing.assert_array_equal(steps(2, seed=0), six[:, :2])
@@ -117,15 +132,13 @@ def test_a_token_of_probability_zero_is_never_drawn(vocab, seed, u):
 def test_numbers_too_small_for_a_float32_take_the_most_likely_token(settings):
     logits = logits_of(4, 1000) * 8
     for seed in range(3):
-        np.testing.assert_array_equal(
-            sample(logits, make_sampling(**settings), row_keys(seed, 4), 0), logits.argmax(-1)
-        )
+        np.testing.assert_array_equal(sample(logits, seed=seed, **settings), logits.argmax(-1))
 
 
 def test_numbers_at_the_other_end_of_their_range_draw_from_all_tokens():
     logits = logits_of(1, 50)
-    assert make_sampling(temperature=1.0, top_p=1 - 1e-12).top_p is None
-    drawn = {int(sample(logits, make_sampling(temperature=3e38), row_keys(seed, 1), 0)[0]) for seed in range(40)}
+    assert settings_of(50, temperature=1.0, top_p=1 - 1e-12).top_p == 1
+    drawn = {int(sample(logits, temperature=3e38, seed=seed)[0]) for seed in range(40)}
     assert len(drawn) > 15
 
 
@@ -153,11 +166,11 @@ def test_numbers_of_every_kind_are_numbers():
 
 def test_values_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"temperature must be 0 .* or a positive number, got -0.5"):
-        make_sampling(temperature=-0.5)
+        check_sampling(temperature=-0.5)
     with pytest.raises(ValueError, match="temperature must be .* got nan"):
-        make_sampling(temperature=float("nan"))
+        check_sampling(temperature=float("nan"))
     with pytest.raises(ValueError, match="top_k must be at least 1, or None to consider every token, got 0"):
-        make_sampling(temperature=1.0, top_k=0)
+        check_sampling(temperature=1.0, top_k=0)
     for top_p in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"top_p must be above 0 and at most 1 \(every token\), got {top_p}"):
-            make_sampling(temperature=1.0, top_p=top_p)
+            check_sampling(temperature=1.0, top_p=top_p)

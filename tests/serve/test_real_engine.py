@@ -171,7 +171,7 @@ def test_when_the_engine_dies_everybody_is_told(server):
 
     connection = server.post("/v1/chat/completions", {"messages": USER, "max_tokens": 1900, "stream": True})
     assert b"200 OK" in connection.recv(1000)
-    server.engine._turn = fails
+    server.engine._core.turn = fails
     with pytest.raises(openai.InternalServerError, match="the engine has died"):
         server.chat(max_tokens=1900)
     data = b""
