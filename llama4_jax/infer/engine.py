@@ -27,6 +27,8 @@ class Engine:
     - cache: of keys and values: "float", in the dtype of computation, or "int8"
     - max_waiting: requests that wait for a slot, at most
     - piece: tokens of a prompt that are read at once; read_budget: between two calls that decode
+    - device_prefix_bytes, host_prefix_bytes: for what slots held before others took them, so that prompts that begin
+      alike need not be read again: snapshots on the devices and, when these are full, in the host's memory
     - report: is told how many programs of how many are compiled
 
     Compiles all that it needs before it returns. On a mesh when the model's parameters are on one. Raises ValueError
@@ -44,12 +46,16 @@ class Engine:
         max_waiting: int = 256,
         piece: int = 128,
         read_budget: int = 512,
+        device_prefix_bytes: int = 0,
+        host_prefix_bytes: int = 1 << 30,
         report: Callable[[int, int], None] = lambda done, total: None,
     ):
         check_whole("context", context, 2)
         self.processor = processor
-        how = {"cache": cache, "max_waiting": max_waiting, "piece": piece, "read_budget": read_budget}
-        self._core = EngineCore(model, slots=slots, context=context, **how)
+        self._core = EngineCore(
+            model, slots=slots, context=context, cache=cache, max_waiting=max_waiting, piece=piece,
+            read_budget=read_budget, device_prefix_bytes=device_prefix_bytes, host_prefix_bytes=host_prefix_bytes,
+        )  # fmt: skip
         with self._core.placed():
             self._core.compile(report)
         self._thread = threading.Thread(target=self._run, name="llama4-engine", daemon=True)

@@ -13,7 +13,9 @@ others, in any slot, and whether its prompt was found in the cache. Decoding alw
 a row does not feel the others, and prompts are read in pieces that are cut at multiples of their size.
 """
 
+import concurrent.futures
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -31,14 +33,18 @@ from llama4_jax.infer import engine_programs as programs
 from llama4_jax.infer.checks import CACHES, Tiles, check_cache, check_images, check_prompt
 from llama4_jax.infer.engine_programs import TOKENS_PER_CALL, Pieces
 from llama4_jax.infer.logits_processor import LogitsProcessor, empty_past
-from llama4_jax.infer.prefix import Held, keys_of, usable
+from llama4_jax.infer.prefix import Held, common_length, keys_of, usable
 from llama4_jax.infer.rows import BIASES, NOTHING, STOPS, TOPS, Choice, Settings, settings_of, stacked
 from llama4_jax.infer.sampling import check_sampling, check_whole
 from llama4_jax.infer.scheduler import Arrived, Gone, Limits, Piece, Request, Running, State, step
+from llama4_jax.infer.snapshots import Block, Snapshot, Snapshots
 from llama4_jax.model.llama4 import Llama4
+
+log = logging.getLogger(__name__)
 
 _SECONDS_PER_CALL = 0.05  # of decoding, about: the host is told of new requests, and of the end of others, that late
 _TILES = 8  # encoded at once
+_BLOCK = 512  # tokens of global layers that are taken into a snapshot at once
 
 
 class Full(RuntimeError):
@@ -155,6 +161,7 @@ class Stats:
     """- waiting, running: requests now; slots, context: of the engine
     - prompt_tokens: of requests admitted so far; cached_tokens: those of them that were found in the cache
     - generated_tokens, requests: so far
+    - found: requests that found something, by where: in their "slot", in an "other slot" or in a "snapshot"
     - misses: requests that found nothing, by the reason
     """
 
@@ -166,6 +173,7 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    found: dict[str, int] = field(default_factory=dict)
     misses: dict[str, int] = field(default_factory=dict)
 
 
@@ -180,6 +188,7 @@ class EngineCore:
     - plain: nobody asks for penalties, biases, log-probabilities or scores
     - most_stops: stop ids of a request, at most
     - logits_processor: of `generate`; needs `together`
+    - device_prefix_bytes, host_prefix_bytes: for snapshots of what slots held; 0 and 0: there are none
 
     Raises ValueError for arguments out of range. On a mesh when the model's parameters are on one, or under one.
     Programs are compiled when they are first needed, or by `compile`.
@@ -200,12 +209,16 @@ class EngineCore:
         plain: bool = False,
         most_stops: int = STOPS,
         logits_processor: LogitsProcessor | None = None,
+        device_prefix_bytes: int = 0,
+        host_prefix_bytes: int = 0,
     ):
         check_cache(cache)
         check_whole("slots", slots, 1)
         check_whole("max_waiting", max_waiting, 0)
         check_whole("piece", piece, 1)
         check_whole("read_budget", read_budget, 1)
+        check_whole("device_prefix_bytes", device_prefix_bytes, 0, 1 << 62)
+        check_whole("host_prefix_bytes", host_prefix_bytes, 0, 1 << 62)
         if context is not None and check_whole("context", context, 2) > model.config.context_length:
             raise ValueError(
                 f"context is {context}, but the model is meant for {model.config.context_length} tokens at most."
@@ -226,7 +239,8 @@ class EngineCore:
         self._handles: dict[int, Handle] = {}  # that are not done
         self._of_slot: list[Handle | None] = [None] * slots
         self._used: list[int] = [0] * slots  # when, for the least recently used
-        self._copies: dict[int, int] = {}  # request → the slot that its beginning is copied from
+        self._moves: dict[int, _Move] = {}  # of requests that were given a slot
+        self._prefix_bytes = device_prefix_bytes, host_prefix_bytes
         self._pending: list[_Call] = []
         self._schedule = State()
         self._gone: list[Gone] = []
@@ -244,6 +258,9 @@ class EngineCore:
         self._held: list[Held | None] = [None] * self._limits.slots
         chunks = [spec.chunk for spec in self.config.layers if spec.chunk is not None and spec.chunk < context]
         self._chunk = min(chunks, default=None)
+        self._chunked = tuple(spec.chunk is not None and spec.chunk < context for spec in self.config.layers)
+        self._block = min(_BLOCK, context)
+        self._snapshots = Snapshots(*self._prefix_bytes, chunk=self._chunk, piece=self._limits.piece, block=self._block)
         self._past = None if self._processor is None else empty_past(self._limits.slots, context)
         self._cache = None  # first the old one goes
         if context:
@@ -341,6 +358,19 @@ class EngineCore:
         """What is in the slots is not used for later requests: after the weights were changed, or to measure."""
         self._inbox.put(("forget", None))
 
+    def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
+        """What a function returns or raises that is called between two turns."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(("call", run))
+        return future
+
     def close(self) -> None:
         """Takes no more requests; `turn` says False when all that were submitted are answered."""
         with self._lock:
@@ -390,6 +420,11 @@ class EngineCore:
                 started = 0
             self._decode(plan.decoding)
         self._settle(started if plan.decoding else len(self._pending))
+        self._snapshots.settle()
+        if not self._snapshots.device_bytes:
+            for held in self._held:
+                if held is not None and held.at_end is not None and held.at_end.on_device:
+                    held.at_end.to_host()
         return True
 
     def _events(self, *, wait: bool) -> list[Arrived | Gone]:
@@ -404,6 +439,9 @@ class EngineCore:
                 events.append(Arrived(Request(handle.id, handle.prompt_tokens, handle._most)))
             elif kind == "forget":
                 self._held = [None if held is None else replace(held, exact=0) for held in self._held]
+                self._snapshots.clear()
+            elif kind == "call":
+                handle()
             elif kind == "cancel" and not handle.done:
                 self._finish(handle, [], "cancelled")
                 events += self._take_gone()
@@ -415,26 +453,40 @@ class EngineCore:
             self._handles.pop(event.id, None)
         return list(gone)
 
-    def _place(self, request: Request, free: tuple[int, ...]) -> tuple[int, int]:
-        """The slot of a request, and how much of its prompt it holds, or will when what is in another is copied."""
+    def _place(self, request: Request, free: tuple[int, ...]) -> tuple[int, int] | None:
+        """The slot of a request, and how much of its prompt it holds, or will when what is in another slot or in a
+        snapshot is copied. None if another that is being read has more of it."""
+        if self._together:
+            return request.id, 0  # row i of a batch is slot i
         handle = self._handles[request.id]
-        found, source = 0, None
+        piece, chunk = self._limits.piece, self._chunk
+        found, source, snapshot = 0, None, None
         if not handle._wants_scores:
-            lengths = {
-                slot: usable(held, handle._keys, self._chunk, self._limits.piece)
-                for slot, held in enumerate(self._held)
-                if held is not None
-            }
+            held = {slot: one for slot, one in enumerate(self._held) if one is not None}
+            lengths = {slot: usable(one, handle._keys, chunk, piece) for slot, one in held.items()}
             source = max(lengths, key=lengths.__getitem__, default=None)
             found = 0 if source is None else lengths[source]
+            snapshot, length = self._snapshots.find(handle._keys)
+            if length > found:
+                found, source = length, None
+            else:
+                snapshot = None
+            for slot, one in held.items():
+                coming = min(common_length(one.keys, handle._keys), len(handle._keys) - 1) // piece * piece
+                if slot not in free and one.exact < len(one.keys) and coming > found:
+                    return None
         oldest = min(free, key=lambda slot: (self._held[slot] is not None, self._used[slot]))
         slot = oldest
         if not found:
-            self.stats.misses[self._why_missed(handle)] = self.stats.misses.get(self._why_missed(handle), 0) + 1
+            how = self._why_missed(handle)
+        elif snapshot is not None:
+            how = "snapshot"
         elif source in free and (2 * found >= self._held[source].exact or oldest == source):
-            slot = source  # a conversation goes on in its place; what others begin with, too, is left and copied
+            slot, how = source, "slot"  # a conversation goes on in its place; others' beginnings are left and copied
         else:
-            self._copies[request.id] = source
+            how = "other slot"
+        origin = None if source is None else self._held[source]
+        self._moves[request.id] = _Move(how, found, self._held[slot], source, origin, snapshot)
         self._held[slot] = Held(handle._keys, found, found)
         self._used[slot] = self._ids
         return slot, found
@@ -453,13 +505,65 @@ class EngineCore:
         self.stats.prompt_tokens += handle.prompt_tokens
         self.stats.cached_tokens += one.read
         self._of_slot[one.slot] = handle
-        source = self._copies.pop(one.request.id, None)
-        if source is not None:
-            self._cache = programs.copy(self._cache, np.int32(source), np.int32(one.slot))
+        if not self._together:
+            self._move(one.slot, handle, self._moves.pop(one.request.id))
         if handle._tiles is not None and len(handle._tiles):
             handle._features = self._encode(handle._tiles)
             is_patch = handle._prompt == self.config.vision.patch_token_id
             handle._feature_index = np.maximum(np.cumsum(is_patch) - 1, 0)
+
+    def _move(self, slot: int, handle: Handle, move: "_Move") -> None:
+        """Brings what was found into the slot; before, keeps what goes from it."""
+        counts = self.stats.found if move.found else self.stats.misses
+        counts[move.how] = counts.get(move.how, 0) + 1
+        log.debug("request %d: %d of %d tokens found: %s", handle.id, move.found, handle.prompt_tokens, move.how)
+        if move.before is not None:
+            self._keep(slot, move.before, move.found if move.how == "slot" else 0)
+        at = np.int32(slot)
+        if move.how == "other slot":
+            self._cache = programs.copy(self._cache, np.int32(move.source), at)
+        if move.how in ("slot", "other slot") and move.origin.needs_its_end(move.found, self._chunk):
+            self._cache = programs.put(self._cache, at, np.int32(0), move.origin.at_end.arrays)
+        if move.how == "snapshot":
+            self._snapshots.use(move.snapshot)
+            for i, block in enumerate(move.snapshot.blocks[: -(-move.found // self._block)]):
+                self._cache = programs.put(self._cache, at, np.int32(self._start_of(i)), block.arrays)
+            if self._chunk is not None and move.found % self._chunk:
+                self._cache = programs.put(self._cache, at, np.int32(0), move.snapshot.chunk.arrays)
+
+    def _start_of(self, block: int) -> int:
+        """The first token of a block. The last one may overlap with the one before."""
+        return min(block * self._block, self._limits.context - self._block)
+
+    def _keep(self, slot: int, held: Held, stays: int) -> None:
+        """Takes a snapshot of what can be used of a slot, if it is more than what stays there."""
+        if self._prefix_bytes == (0, 0):
+            return
+        after = np.concatenate([held.keys[: held.exact], [np.iinfo(np.int64).min]])
+        length = usable(held, after, self._chunk, self._limits.piece)
+        if length <= stays or self._snapshots.covers(held.keys[:length]):
+            return
+        self._snapshot(slot, held, length)
+
+    def _snapshot(self, slot: int, held: Held, length: int) -> Snapshot:
+        chunk = None
+        if self._chunk is not None and length % self._chunk:
+            needs_its_end = held.needs_its_end(length, self._chunk)
+            chunk = held.at_end if needs_its_end else Block(self._taken(slot, 0, 0))
+        return self._snapshots.add(
+            held.keys[:length], lambda i: Block(self._taken(slot, self._start_of(i), self._block)), chunk
+        )
+
+    def _taken(self, slot: int, start: int, size: int) -> Any:
+        return programs.take(self._cache, np.int32(slot), np.int32(start), chunked=self._chunked, size=size)
+
+    def _leaves_its_chunk(self, handle: Handle) -> bool:
+        """Whether a reply may leave the chunk in which its prompt ends, and whole pieces of that would be lost."""
+        if self._prefix_bytes == (0, 0) or self._chunk is None:
+            return False
+        length, chunk = handle.prompt_tokens, self._chunk
+        first = (length - 1) // chunk * chunk
+        return length // self._limits.piece * self._limits.piece > first and length + handle._most > first + chunk
 
     def _encode(self, tiles: Tiles) -> np.ndarray:
         """The features of all tiles' patches, on the host: what a piece needs of them is sent with it."""
@@ -508,6 +612,10 @@ class EngineCore:
             self._graphdef, self._state, self._cache, self._rows, self._past, tokens, features, where,
             self._stacked(whose), mask, targets, prompts, processor=self._processor,
         )  # fmt: skip
+        for piece, handle in zip(pieces, handles, strict=True):
+            if piece.last and self._leaves_its_chunk(handle):
+                at_end = Block(self._taken(piece.slot, 0, 0))
+                self._held[piece.slot] = replace(self._held[piece.slot], at_end=at_end)
         drawn = tuple((row, handle) for row, piece, handle in zip(at, pieces, handles, strict=True) if piece.last)
         if drawn or targets is not None:
             self._pending.append(_Call(drawn, choice, None if targets is None else _Scored(handles[0], asked, scores)))
@@ -519,6 +627,8 @@ class EngineCore:
         alive = np.zeros((self._limits.slots,), bool)
         alive[[slot for slot, _ in rows]] = True
         mask, limit = None, self._limit
+        if self._schedule.waiting and len(self._schedule.running) < self._limits.slots:
+            limit = 1  # what they wait for was read
         if any(handle._constraint is not None for _, handle in rows):
             mask, limit = self._all_allowed(self._limits.slots), 1
             for slot, handle in rows:
@@ -613,9 +723,17 @@ class EngineCore:
         def copy() -> None:
             self._cache = programs.copy(self._cache, np.int32(0), np.int32(0))
 
+        def put_aside(size: int) -> None:
+            parts = self._taken(0, 0, size)
+            self._cache = programs.put(self._cache, np.int32(0), np.int32(0), parts)
+            parts = jax.tree.map(np.asarray, self._taken(0, 0, size))
+            self._cache = programs.put(self._cache, np.int32(0), np.int32(0), parts)
+
         todo: list[Callable[[], Any]] = [lambda size=size: read(size, False) for size in self._sizes]
         todo += [lambda: read(self._sizes[-1], True), copy]
         todo += [lambda: decode(None), lambda: decode(self._all_allowed(slots))]
+        if self._prefix_bytes != (0, 0):
+            todo += [lambda size=size: put_aside(size) for size in (0, self._block)]
         if (vision := self.config.vision) is not None:
             tile = (vision.image_size, vision.image_size, vision.num_channels)
             todo.append(lambda: programs.encode(*model, np.zeros((1, _TILES, *tile), np.uint8)))
@@ -624,6 +742,22 @@ class EngineCore:
             program()
         jax.block_until_ready((self._cache, self._rows))
         report(len(todo), len(todo))
+
+
+class _Move(NamedTuple):
+    """How a request came to its slot.
+
+    - how: "slot" (its beginning is there), "other slot", "snapshot", or why nothing was found
+    - before: what the slot held
+    - source, origin: another slot, and what it holds
+    """
+
+    how: str
+    found: int
+    before: Held | None
+    source: int | None
+    origin: Held | None
+    snapshot: Snapshot | None
 
 
 class _Scored(NamedTuple):

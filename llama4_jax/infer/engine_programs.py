@@ -3,7 +3,7 @@
 - `read` reads a piece of a prompt, of one slot of the cache or of all of them, and draws the first token of a reply
 - `decode` runs all rows for some tokens in one loop on the device, since starting a computation costs as much as a
   small model's step
-- `encode` turns pictures into features, `copy` what one slot holds into another
+- `encode` turns pictures into features, `copy` what one slot holds into another; `take` and `put` are for `snapshots`
 
 Everything that distinguishes requests is an array, so that other prompts, lengths, seeds or settings compile nothing.
 Padding is written to no cache and routed to no expert, so that each row gets what it would get alone.
@@ -60,6 +60,33 @@ def encode(graphdef, state, tiles: Images) -> Float[Array, "1 patches D"]:
 def copy(cache: Cache, source: Int[Array, ""], slot: Int[Array, ""]) -> Cache:
     """What one slot holds into another."""
     return cache._replace(layers=_with_slot(cache.layers, slot, _of_slot(cache.layers, source)))
+
+
+@functools.partial(jax.jit, static_argnames=("chunked", "size"))
+@use_rules(SERVING)
+def take(cache: Cache, slot: Int[Array, ""], start: Int[Array, ""], *, chunked: tuple[bool, ...], size: int):
+    """What a slot holds: of the layers that are not chunked `size` tokens from `start` on; with size 0, of those that
+    are chunked all."""
+
+    def part(layer, is_chunked):
+        if is_chunked != (size == 0):
+            return None
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size or x.shape[2], axis=2), layer)
+
+    return _everywhere(tuple(map(part, _of_slot(cache.layers, slot), chunked)))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+@use_rules(SERVING)
+def put(cache: Cache, slot: Int[Array, ""], start: Int[Array, ""], parts) -> Cache:
+    """What `take` took into a slot."""
+
+    def written(layer, part):
+        if part is None:
+            return layer
+        return jax.tree.map(lambda x, y: lax.dynamic_update_slice(x, y, (slot, 0, start, 0)[: x.ndim]), layer, part)
+
+    return cache._replace(layers=tuple(map(written, cache.layers, parts)))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "processor"), donate_argnames=("cache", "rows"))

@@ -2,7 +2,8 @@
 
 A slot holds all keys and values of global layers, but of chunked ones only the chunk that its row has come to. So a row
 of L tokens can be cut back to any length within its last chunk, and to any multiple of the chunk below: there the
-chunked layers begin anew. To another length it cannot be cut: their keys are gone.
+chunked layers begin anew. To another length it cannot be cut: their keys are gone. Where a reply may leave the chunk in
+which its prompt ends, what the chunked layers hold there is therefore put aside.
 
 Only what was read as a prompt is taken, in whole pieces: those keys are bit for bit the ones that reading the prompt
 again would give, so that a request gets the same whether its prompt was found or not. A reply's keys differ from what
@@ -13,6 +14,7 @@ and nothing else.
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -25,11 +27,26 @@ class Held:
     - keys: of each token, see `keys_of`
     - exact: tokens that were read as a prompt
     - longest: the length that the row may have come to at most, reply included
+    - at_end: what the chunked layers held when all of the prompt was read, if it was put aside since the reply may
+      leave that chunk
     """
 
     keys: Int[np.ndarray, " T"]
     exact: int
     longest: int
+    at_end: Any | None = None
+
+    def first_in_chunk(self, chunk: int | None) -> int:
+        """From this length on the row can go on anywhere, up to `exact`."""
+        if chunk is None:
+            return 0
+        return ((self.longest if self.at_end is None else self.exact) - 1) // chunk * chunk
+
+    def needs_its_end(self, length: int, chunk: int | None) -> bool:
+        """Whether to go on at this length needs what was put aside."""
+        if self.at_end is None or chunk is None or length % chunk == 0:
+            return False
+        return length < (self.longest - 1) // chunk * chunk
 
 
 def keys_of(
@@ -51,11 +68,16 @@ def keys_of(
 
 def usable(held: Held, keys: Int[np.ndarray, " T"], chunk: int | None, piece: int) -> int:
     """How many tokens of a prompt of these keys need not be read again. One is always left, for what follows it."""
-    most = min(len(keys) - 1, held.exact)
-    same = held.keys[:most] == keys[:most]
-    common = int(np.argmin(same)) if not same.all() else most
+    common = min(common_length(held.keys, keys), len(keys) - 1, held.exact)
     length = common // piece * piece
-    if chunk is None or length >= (held.longest - 1) // chunk * chunk:
+    if chunk is None or length >= held.first_in_chunk(chunk):
         return length
     both = math.lcm(chunk, piece)
     return common // both * both
+
+
+def common_length(a: Int[np.ndarray, " T"], b: Int[np.ndarray, " S"]) -> int:
+    """Keys that are the same from the beginning on."""
+    most = min(len(a), len(b))
+    same = a[:most] == b[:most]
+    return int(np.argmin(same)) if not same.all() else most

@@ -83,8 +83,9 @@ class Plan(NamedTuple):
     decoding: tuple[int, ...]  # slots
 
 
-# Of a request and the free slots: which of them it gets, and how much of its prompt need not be read again.
-Place = Callable[[Request, tuple[int, ...]], tuple[int, int]]
+# A request and the free slots → which of them it gets, and how much of its prompt need not be read again. None: it is
+# better served a little later, when what it shares with one that is being read is there.
+Place = Callable[[Request, tuple[int, ...]], tuple[int, int] | None]
 
 
 def first_free(request: Request, free: tuple[int, ...]) -> tuple[int, int]:
@@ -108,7 +109,10 @@ def step(
     while waiting and len(running) < limits.slots and waiting[0].length + waiting[0].new <= limits.context:
         taken = {one.slot for one in running}
         free = tuple(slot for slot in range(limits.slots) if slot not in taken)
-        slot, read = place(waiting[0], free)
+        placed = place(waiting[0], free)
+        if placed is None:
+            break
+        slot, read = placed
         admitted.append(Running(waiting.pop(0), slot, read))
         running.append(admitted[-1])
     pieces, left = [], limits.budget

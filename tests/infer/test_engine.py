@@ -127,6 +127,63 @@ def test_the_next_turn_reads_what_is_new(engine, model):
     assert sum(found) >= 64
 
 
+def conversations(count: int, turns: int, seed: int) -> list[list[dict]]:
+    """Of each the requests of its turns. They share what they begin with, and have pictures among them."""
+    draw = np.random.default_rng(seed)
+    system, made = draw.integers(0, 49, 26).tolist(), []
+    for i in range(count):
+        prompt, asked = [*system], []
+        tiles = draw.integers(0, 256, (1, *TILE), dtype=np.uint8) if i % 2 else None
+        prompt += [VISION.patch_token_id] * (VISION.tokens_per_tile if i % 2 else 0)
+        for _ in range(turns):
+            prompt = prompt + draw.integers(0, 49, draw.integers(3, 12)).tolist()
+            asked.append({"prompt": prompt, "tiles": tiles, "max_new_tokens": int(draw.integers(1, 20)), "seed": i,
+                          "temperature": 0.8})  # fmt: skip
+        made.append(asked)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_what_has_left_its_slot_is_brought_back_bit_for_bit(model, kind):
+    """More conversations than slots, in turns: all but the first turn are found in snapshots, and get what they get
+    where nothing is ever found."""
+    talks = conversations(5, 4, seed=11)
+    asked = [talk[turn] for turn in range(4) for talk in talks]
+    with Engine(model, **{**HOW, "slots": 2}, cache=kind, host_prefix_bytes=0) as nothing_kept:
+        want = []
+        for one in asked:
+            nothing_kept.forget()
+            want += alone(nothing_kept, [one])
+    for limits in ({"host_prefix_bytes": 1 << 30}, {"device_prefix_bytes": 40_000, "host_prefix_bytes": 40_000}):
+        with Engine(model, **{**HOW, "slots": 2}, cache=kind, **limits) as engine:
+            handles, got = [], []
+            for one in asked:
+                handles.append(engine.submit(**one))
+                got.append([(token.id, token.logprob) for token in handles[-1].result()])
+            assert got == want
+            assert engine.stats.found["snapshot"] >= 5 and engine.stats.found.keys() <= {
+                "slot",
+                "snapshot",
+                "other slot",
+            }
+            device, host = engine._core._snapshots.nbytes
+            assert device <= limits.get("device_prefix_bytes", 0) and 0 < host <= limits["host_prefix_bytes"]
+            if len(limits) == 1:
+                # Whole pieces of what was read a turn before, or at worst up to the chunk (of 16) before that.
+                for now, before in zip(handles[5:], handles, strict=False):
+                    assert now.cached_tokens >= before.prompt_tokens // 8 * 8 - 8
+
+
+def test_samples_of_one_prompt_read_it_once(engine):
+    prompt = np.random.default_rng(12).integers(0, 49, 61).tolist()
+    asked = [{"prompt": prompt, "max_new_tokens": 5, "temperature": 1.0, "seed": seed} for seed in range(3)]
+    want = alone(engine, asked)
+    engine.forget()
+    handles = [engine.submit(**one) for one in asked]
+    assert [[(token.id, token.logprob) for token in handle.result()] for handle in handles] == want
+    assert [handle.cached_tokens for handle in handles] == [0, 56, 56]
+
+
 def test_a_request_that_is_cancelled_frees_its_slot_and_harms_nobody(engine):
     asked = requests(9, seed=3)
     want = alone(engine, asked)

@@ -19,17 +19,23 @@ def restorable(length: int, at: int, chunk: int | None) -> bool:
 @settings(max_examples=500, deadline=None)
 @given(
     st.integers(1, 60), st.integers(0, 30), st.integers(0, 70), st.sampled_from([None, 4, 6, 16]),
-    st.sampled_from([1, 2, 4, 8]), st.integers(1, 80),
+    st.sampled_from([1, 2, 4, 8]), st.integers(1, 80), st.booleans(),
 )  # fmt: skip
-def test_what_is_used_is_there_in_whole_pieces_and_as_long_as_can_be(prompt, reply, common, chunk, piece, length):
-    held = Held(np.arange(prompt), exact=prompt, longest=prompt + reply)
+def test_what_is_used_is_there_in_whole_pieces_and_as_long_as_can_be(
+    prompt, reply, common, chunk, piece, length, aside
+):
+    held = Held(np.arange(prompt), exact=prompt, longest=prompt + reply, at_end="put aside" if aside else None)
     keys = np.concatenate([np.arange(min(common, length)), np.full(max(0, length - common), 10**6)])
     got = usable(held, keys, chunk, piece)
     most = min(length - 1, prompt, common)
-    assert 0 <= got <= max(0, most) and got % piece == 0 and restorable(held.longest, got, chunk)
+
+    def able(n):
+        return restorable(held.longest, n, chunk) or (aside and restorable(prompt, n, chunk))
+
+    assert 0 <= got <= max(0, most) and got % piece == 0 and able(got)
+    assert held.needs_its_end(got, chunk) == (not restorable(held.longest, got, chunk))
     # The whole pieces of the last chunk, or where both a chunk and a piece begin.
-    able = [n for n in range(0, max(0, most) + 1, piece) if restorable(held.longest, n, chunk)]
-    assert got == max(able)
+    assert got == max(n for n in range(0, max(0, most) + 1, piece) if able(n))
 
 
 def test_the_same_words_with_another_picture_are_another_prompt():

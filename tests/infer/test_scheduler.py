@@ -30,7 +30,7 @@ class World:
     arrivals: list[int] = field(default_factory=list)
     admissions: list[int] = field(default_factory=list)
 
-    def do(self, events, found=0):
+    def do(self, events, found=0, later=None):
         for event in events:
             if isinstance(event, Arrived):
                 self.alive[event.request.id] = Seen(event.request)
@@ -39,6 +39,8 @@ class World:
                 self.alive.pop(event.id, None)
 
         def place(request, free):
+            if request.id == later:
+                return None
             assert free and not set(free) & {seen.slot for seen in self.alive.values()} - {None}
             slot = free[found % len(free)]
             self.alive[request.id].slot = slot  # so that the next one in this plan is not given it, too
@@ -66,8 +68,10 @@ class World:
         assert set(plan.decoding) == expected and len(plan.decoding) == len(expected)
         running = [seen for seen in self.alive.values() if seen.slot is not None]
         assert len(running) <= self.limits.slots and len({seen.slot for seen in running}) == len(running)
-        assert len(running) == min(len(self.alive), self.limits.slots)  # nobody waits beside a free slot
-        assert len(self.state.waiting) <= self.limits.waiting
+        first = self.state.waiting[0].id if self.state.waiting else None
+        if later is None or first != later:  # nobody waits beside a free slot, but who is better served later
+            assert len(running) == min(len(self.alive), self.limits.slots)
+        assert len(self.alive) <= self.limits.slots + self.limits.waiting
         served = [one for one in self.arrivals if one in self.admissions or one in self.alive]
         assert [one for one in served if one in self.admissions] == self.admissions  # first come, first served
         return plan
@@ -88,7 +92,8 @@ def test_over_random_events_it_keeps_its_promises(seed):
                 ids += 1
         gone = {event.id for event in events if isinstance(event, Gone)}
         events = [event for event in events if not (isinstance(event, Arrived) and event.request.id in gone)]
-        world.do(events, found=draw.choice([0, 3, 8, 24]))
+        waiting = world.state.waiting
+        world.do(events, draw.choice([0, 3, 8, 24]), waiting[0].id if waiting and draw.random() < 0.3 else None)
     while world.alive:  # everyone who stays is served in the end
         plan = world.do([])
         done = [id for id, seen in world.alive.items() if seen.slot in plan.decoding]
@@ -103,6 +108,13 @@ def test_a_long_prompt_does_not_hold_up_replies():
     assert [piece.stop for piece in plan.pieces] == [8, 16] and plan.decoding == (0,)
     assert [piece.stop for piece in world.do([]).pieces] == [24, 32]
     assert world.do([]).decoding == (0, 1)
+
+
+def test_one_that_is_too_long_for_a_slot_waits_and_so_do_those_behind_it():
+    state, plan = step(LIMITS, State(), [Arrived(Request(0, 60, 5)), Arrived(Request(1, 4, 4))])
+    assert plan.admitted == () and [request.id for request in state.waiting] == [0, 1]
+    longer = Limits(**{**vars(LIMITS), "context": 65})
+    assert [one.request.id for one in step(longer, state, [])[1].admitted] == [0, 1]
 
 
 def test_pieces_are_cut_at_multiples_whatever_was_found():
