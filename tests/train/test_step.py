@@ -15,7 +15,7 @@ from llama4_jax.train.optimizer import OptimizerConfig, at_step
 
 
 def test_gradient_accumulation_equals_the_large_batch():
-    """A row at a time. Without balance losses, of which each micro-batch has its own: they are not linear in the tokens.
+    """A row at a time. Without balance losses, which each micro-batch has for itself: they are not linear in tokens.
 
     Parts of several rows: `test_learning_from_pictures.test_accumulation_and_remat_change_nothing_but_rounding`.
     """
