@@ -6,8 +6,9 @@ import pathlib
 # Tests compile hundreds of tiny programs once: most of their time is the compiler, which this cuts to a third. The
 # processes that tests start inherit it.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=4 " + os.environ.get("XLA_FLAGS", "")
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true --xla_cpu_parallel_codegen_split_count=4 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 
 import jax
