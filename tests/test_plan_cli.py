@@ -58,9 +58,8 @@ def test_a_train_step_is_compiled_and_told(capsys, tmp_path):
 def test_a_train_step_sends_what_a_hand_count_says_and_nothing_else(capsys, tmp_path):
     """Dense and routed layers by turns, over all chips of a pod, with widths that fill tiles as Maverick's do."""
     file = tmp_path / "plan.json"
-    model = {"num-layers": 4, "nope-interval": 2, "embed-dim": 1024, "num-heads": 8, "num-kv-heads": 2, "head-dim": 128,
-             "mlp-dim": 2048, "expert-mlp-dim": 2048, "num-experts": 16, "moe-interval": 2,
-             "vocab-size": 16384}  # fmt: skip
+    model = {"num-layers": 8, "embed-dim": 1024, "num-heads": 8, "num-kv-heads": 2, "head-dim": 128, "mlp-dim": 2048,
+             "expert-mlp-dim": 2048, "num-experts": 16, "moe-interval": 2, "vocab-size": 16384}  # fmt: skip
     sizes = [word for name, size in model.items() for word in (f"--model.{name}", str(size))]
     mesh = ["--topology", "v5p:2x2x4", "--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.expert", "4"]
     how = ["--batch", "16", "--context", "1024", "--remat", "full", "--precision.compute", "bfloat16"]
