@@ -39,7 +39,8 @@ META_VISION = {
 TOKENS_PER_TILE = 4
 # Where each row's tiles stand: next to one another, across the ends of attention chunks (of 8), at the very beginning.
 PLACES = ((3, 7, 18), (0,))
-CASES = (SCOUT, MAVERICK)
+# The encoder is what they are for: half the language model's layers are enough, one interval of NoPE.
+CASES = tuple(dataclasses.replace(case, layers=4) for case in (SCOUT, MAVERICK))
 
 
 def config(case: Case) -> ModelConfig:

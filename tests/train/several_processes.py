@@ -75,11 +75,7 @@ def start_all(
     processes = []
     for number, (own, directory) in enumerate(zip(options, where or [ROOT] * len(options), strict=True)):
         variables = environment()
-        variables |= {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), variables.get("PYTHONPATH", "")]),
-            # JAX keeps what the first process has compiled, and no other: most of the time is the compiler.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        }
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), variables.get("PYTHONPATH", "")])
         if len(options) > 1:
             variables |= {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",

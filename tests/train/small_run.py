@@ -1,6 +1,7 @@
 """A run small enough to compile in seconds, a packed batch for it, and what one step makes of them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -55,6 +56,7 @@ def packed_batch(config: RunConfig, seed: int = 0) -> Batch:
     return Batch(tokens * real, targets * real, positions, segment_ids, real.astype(np.float32), real.astype(np.int32))
 
 
+@functools.cache  # what is compiled with it stays, and a loss must be the same function to be the same program
 def trainer(config: RunConfig, mesh: MeshConfig | None = None, loss=next_token) -> Trainer:
     mesh = MeshConfig(data=1) if mesh is None else mesh
     return make_trainer(config, make_mesh(mesh, jax.devices()[: mesh.named_size]), loss)

@@ -18,28 +18,36 @@ from llama4_jax.train.balance import BalanceConfig
 MODELS = {"scout": SCOUT, "maverick": MAVERICK, "pictures": dataclasses.replace(PICTURES, num_experts=4)}
 MESHES = {
     "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "fsdp 4, tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
     "tensor 2, expert 4": MeshConfig(data=1, tensor=2, expert=4),
     "data 2, expert 2, tensor 2": MeshConfig(data=2, expert=2, tensor=2),
     "context 4, fsdp 2": MeshConfig(data=1, context=4, fsdp=2),
     "context 2, expert 4": MeshConfig(data=1, context=2, expert=4),
     "data 4, tensor 2": MeshConfig(data=4, tensor=2),
 }
-CASES = [
-    *((model, mesh) for model in ("scout", "maverick") for mesh in list(MESHES)[:5]),
+CASES = [  # each model over each axis, and no more: every one takes ten seconds to compile
+    ("scout", "fsdp 8"),
+    ("scout", "tensor 2, expert 4"),
+    ("scout", "context 4, fsdp 2"),
     ("scout", "data 4, tensor 2"),
+    ("maverick", "fsdp 8"),
+    ("maverick", "data 2, expert 2, tensor 2"),
+    ("maverick", "context 2, expert 4"),
+    ("pictures", "fsdp 4, tensor 2"),
     ("pictures", "data 2, expert 2, tensor 2"),
     ("pictures", "context 2, expert 4"),
 ]
 
 
 def with_pictures(batch: Batch, seed: int) -> Batch:
-    """A tile or two in each row: four of its tokens stand for each, and the loss passes over them."""
+    """No tile, one or two in a row: four of its tokens stand for each, and the loss passes over them."""
     draw = np.random.default_rng(seed)
     tokens, weights = batch.tokens.copy(), batch.weights.copy()
     tokens[tokens == PICTURES.vision.patch_token_id] = 0
-    for row, tiles in enumerate(draw.integers(1, 3, len(tokens))):
+    for row, tiles in enumerate(draw.integers(0, 3, len(tokens))):
         places = np.sort(draw.choice(np.flatnonzero(batch.segment_ids[row]), 4 * tiles, replace=False))
         tokens[row, places], weights[row, places] = PICTURES.vision.patch_token_id, 0
+    assert {0, 4, 8} == set((tokens == PICTURES.vision.patch_token_id).sum(1).tolist())
     images = draw.integers(0, 256, (len(tokens), 2, 28, 28, 3), dtype=np.uint8)
     return batch._replace(tokens=tokens, weights=weights, images=images)
 
