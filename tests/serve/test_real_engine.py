@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import dataclasses
 import io
 import json
 
@@ -15,8 +16,13 @@ from PIL import Image
 from serving import USER, serving, wait_until
 
 from llama4_jax import generate
+from llama4_jax.configs import load_config
 from llama4_jax.infer.engine import Engine
 from llama4_jax.inputs.tool_calls import parse_reply
+from llama4_jax.mesh_search import Work
+from llama4_jax.plan_server import plan_server
+from llama4_jax.sharding import MeshConfig
+from llama4_jax.sharding.chips import topology
 
 SMALL = {
     "type": "object",
@@ -152,6 +158,19 @@ def test_no_request_compiles_anything(server):
     server.chat(max_tokens=40, response_format={"type": "json_object"})
     server.client.completions.create(model="tiny", prompt=["a" * 200, "b"], echo=True, logprobs=1, max_tokens=2)
     assert compiled == []
+
+
+def test_the_planner_knows_what_an_engine_holds(model, server):
+    config = dataclasses.replace(load_config("tiny"), model=model.config, precision=model.precision)
+    mesh, h100 = MeshConfig(data=1), topology("h100:1")
+    parts = plan_server(Work(config, "decode", rows=4, context=2048), mesh, h100).parts
+    held = {"cache, global layers": 0, "cache, chunked layers": 0}
+    for spec, layer in zip(model.config.layers, server.engine._cache.layers, strict=True):
+        kind = "cache, global layers" if spec.chunk is None else "cache, chunked layers"
+        held[kind] += sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
+    assert all(held.values()) and {name: parts[name] for name in held} == held
+    rows = sum(leaf.nbytes for leaf in jax.tree.leaves(server.engine._rows))
+    assert parts["rows: settings, counts of tokens"] == rows
 
 
 def test_a_prompt_that_fills_the_context_is_answered_by_one_token(server):
