@@ -196,3 +196,20 @@ def test_a_token_that_was_not_allowed_ends_the_reply_and_is_told():
     other = again.again()
     again.accept(ord("{"))
     assert not (again.mask() == other.mask()).all() and other.problem is None
+
+
+def test_schemas_are_bounded_together_and_what_admits_nothing_is_told_before_a_reply_begins():
+    def tool(i):
+        one = {"type": "object", "properties": {"a": {"enum": ["x" * 9000]}}}
+        return Tool(f"f{i}", "", one)
+
+    GRAMMARS.compile(tools=[tool(i) for i in range(10)])
+    with pytest.raises(ValueError, match=r"tools\[11\] \(f11\): schemas are too large: 100,000 characters of all"):
+        GRAMMARS.compile(tools=[tool(i) for i in range(12)])
+    for schema in ({"$ref": "#"}, {"anyOf": [{"type": "object", "properties": {f"p{i}_{j}": {} for i in range(40)}}
+                                             for j in range(40)]}):  # fmt: skip
+        with pytest.raises(ValueError, match="^schema: this schema cannot be kept to: "):
+            GRAMMARS.compile(schema=schema)
+    written(
+        GRAMMARS.compile(schema={"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(400)}}), 0
+    )

@@ -1,6 +1,8 @@
 """Whatever a client does, or stops doing, it costs little, ends, and harms nobody else."""
 
+import base64
 import contextlib
+import io
 import json
 import random
 import socket
@@ -95,6 +97,134 @@ def test_whatever_is_asked_is_answered_or_refused_by_name(server, path, fields, 
         json.loads(answer)
     else:
         assert answer.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """With the limits that a user's server has."""
+    with serving(script="fine", processor=picture_processor()) as found:
+        yield found
+
+
+def said_with(schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    return {"messages": USER, "response_format": form}
+
+
+def bomb(side):
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+CALLS = [{"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in range(4000)]
+RESULTS = [{"role": "tool", "tool_call_id": call["id"], "content": "x" * 9} for call in reversed(CALLS)]
+OPTIONAL = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
+LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+TOOLS = [{"type": "function", "function": {"name": f"f{i}", "strict": True, "parameters": {
+    "type": "object", "properties": {"a": {"enum": ["x" * 990]}}}}} for i in range(120)]  # fmt: skip
+TOLD_AT_LENGTH = [{"type": "function", "function": {"name": "f", "description": "x" * 10**6}}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        (CHAT, {"messages": [{}] * 10_001}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10_001}]}, 400,
+         "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 3_000_000}]}, 413, "messages"),
+        (CHAT, {"messages": USER, "tools": TOLD_AT_LENGTH}, 413, "messages"),
+        ("/tokenize", {"prompt": "x" * 3_000_000}, 413, "prompt"),
+        ("/v1/completions", {"prompt": "x" * 3_000_000}, 413, "prompt"),
+        ("/v1/completions", {"prompt": ["x"] * 500_000}, 400, "prompt"),
+        ("/v1/completions", {"prompt": [[1]] * 100_000}, 400, "prompt"),
+        (CHAT, {"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": CALLS}, *RESULTS]}, 413,
+         "messages"),
+        (CHAT, b'{"messages":[' + b'{"a":1},' * 200_000 + b"{}]}", 413, None),
+        (CHAT, b'{"prompt":[' + b"1," * 1_000_001 + b"1]}", 413, None),
+        (CHAT, {"messages": USER, "logit_bias": {str(i): 1 for i in range(100_000)}}, 400, "logit_bias"),
+        (CHAT, {"messages": USER, "stop": ["a"] * 100_000}, 400, "stop"),
+        (CHAT, {"messages": USER, "x" * 1_000_000: 1}, 400, None),
+        (CHAT, said_with({"$ref": "#"}), 400, "response_format"),
+        (CHAT, said_with(LOOP), 400, "response_format"),
+        (CHAT, said_with({"$ref": "http://127.0.0.1:1/x"}), 400, "response_format"),
+        (CHAT, said_with({"$ref": "file:///etc/passwd"}), 400, "response_format"),
+        (CHAT, said_with({"type": "integer", "multipleOf": 999_999_937}), 400, "response_format"),
+        (CHAT, said_with({"type": "integer", "minimum": 10**300}), 400, "response_format"),
+        (CHAT, said_with(OPTIONAL), 400, "response_format"),
+        (CHAT, said_with({"const": "x" * 10_001}), 400, "response_format"),
+        (CHAT, said_with({"enum": [f"value {i}" for i in range(100_000)]}), 400, "response_format"),
+        (CHAT, said_with({"type": "string", "pattern": "(a)\\1"}), 400, "response_format"),
+        (CHAT, {"messages": USER, "tools": TOOLS}, 413, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": bomb(20_000)}}]}]},
+         400, "messages[0].content[0]"),
+    ],
+    ids=lambda x: str(x)[:60] if isinstance(x, dict | bytes) else str(x),
+)  # fmt: skip
+def test_what_is_made_to_be_expensive_is_refused_before_it_is(usual, path, body, status, param):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    began = time.monotonic()
+    found, error = error_of(usual.request("POST", path, data))
+    assert found == status and (error["param"] == param or param is None), error
+    assert time.monotonic() - began < 5  # of a busy machine; each took minutes, or was an error of the server, before
+    assert len(error["message"]) <= 520
+    assert usual.chat().choices[0].message.content == "fine"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["^((((a{1,99}){1,99}){1,99}){1,99})$", "^(a+)+$", ".*a.{500}", "|".join("ab" * i for i in range(1, 90))],
+)
+def test_patterns_that_blow_up_elsewhere_take_no_time(usual, pattern):
+    began = time.monotonic()
+    status, _, answer = usual.request(
+        "POST", CHAT, {**said_with({"type": "string", "pattern": pattern}), "max_tokens": 20}
+    )
+    assert status == 200, answer
+    assert time.monotonic() - began < 5
+
+
+def test_one_connection_too_many_is_told_so_and_the_others_go_on():
+    with serving(script="fine", limits={"connections": 20}) as found:
+        assert found.chat().choices[0].message.content == "fine"
+        found.client.close()
+        idle = [found.connect() for _ in range(20)]
+        for connection in [found.connect() for _ in range(50)]:
+            with connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in head
+                assert json.loads(body)["error"]["code"] == "too_many"
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raw_status(idle[0]) == 200
+        for connection in idle:
+            connection.close()
+        assert wait_until(lambda: found.request("GET", "/health")[0] == 200)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00", b"GET / \r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_what_is_no_http_is_a_400_in_openais_form(usual, head):
+    with usual.connect() as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 400"), answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_no_path_leads_to_where_a_host_header_says(usual):
+    status, headers, _ = usual.request("POST", CHAT + "/", b"{}")
+    assert status == 404 and "location" not in headers
 
 
 def test_a_body_is_bounded_whether_it_says_its_size_or_not(server):
