@@ -4,20 +4,16 @@ import base64
 import contextlib
 import io
 import json
-import random
 import socket
-import struct
-import threading
 import time
 
 import openai
-import psutil
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from micro_run import picture_processor
 from PIL import Image
-from serving import MODEL, USER, serving, wait_until
+from serving import MODEL, USER, crowd, serving, wait_until
 
 from llama4_jax.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -400,55 +396,19 @@ def test_what_does_not_end_in_the_time_for_it_is_cancelled():
 
 
 def test_many_clients_of_whom_some_go_away_leave_nothing_behind():
-    """200 at a time, on 8 slots; everyone who stays gets what the same request gets alone."""
-    process = psutil.Process()
+    """200 at a time, on 8 slots; everyone who stays gets what the same request gets alone. On a real engine, and for
+    longer: `test_real_engine.py`."""
+
+    def ask(draw):
+        seed = draw.randrange(10**6)
+        return {"messages": USER, "seed": seed}, f"{seed} " * 20
+
     with serving(script=lambda handle: f"{handle.asked['seed']} " * 20, max_waiting=1000, tokens_a_call=20) as found:
         found.engine.keep_requests = False
-        wrong, answered, gone = [], [0], [0]
-        stop = time.monotonic() + 1.5
-        memory = []
-
-        def client(number):
-            draw = random.Random(number)
-            while time.monotonic() < stop:
-                seed, stream = draw.randrange(10**6), draw.random() < 0.5
-                connection = found.post(CHAT, {"messages": USER, "seed": seed, "stream": stream})
-                with connection:
-                    if draw.random() < 0.2:
-                        time.sleep(draw.random() * 0.02)
-                        if draw.random() < 0.5:  # by a reset
-                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                        gone[0] += 1
-                        continue
-                    data = b""
-                    end = b"data: [DONE]" if stream else b'"cached_tokens": 0}}}'
-                    while end not in data:
-                        more = connection.recv(65536)
-                        if not more:
-                            break
-                        data += more
-                    text = read(data, stream)
-                    answered[0] += 1
-                    if text != f"{seed} " * 20:
-                        wrong.append((seed, data[:200]))
-
-        def read(data, stream):
-            if not stream:
-                return json.loads(data.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]
-            lines = [line[6:] for line in data.splitlines() if line.startswith(b"data: {")]
-            return "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines)
-
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(200)]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.8)
-        memory.append(process.memory_info().rss)
-        for thread in threads:
-            thread.join(30)
-        memory.append(process.memory_info().rss)
-        assert not wrong, wrong[:3]
-        assert answered[0] > 200 and gone[0] > 20
+        was = crowd(found, ask, clients=200, seconds=1.5, patience=0.02)
+        assert not was.wrong, was.wrong[:3]
+        assert was.answered > 200 and was.gone > 20
         assert found.idle() and wait_until(lambda: found.server.active == 0 and found.server.bodies == 0)
         assert wait_until(lambda: len(found.http.server_state.connections) <= 1, 8)
-        assert memory[1] - memory[0] < 30 * 2**20
+        assert was.grown < 30 * 2**20
         assert found.client.models.retrieve(MODEL).id == MODEL

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from micro_run import picture_model, picture_processor
 from PIL import Image
 from random_schemas import SCHEMAS
-from serving import USER, serving, wait_until
+from serving import USER, crowd, serving, wait_until
 
 from llama4_jax import generate
 from llama4_jax.configs import load_config
@@ -164,6 +164,33 @@ def test_a_client_that_goes_away_frees_its_slot(server):
         connection.close()
     assert wait_until(lambda: server.idle(0.01), 10)
     assert server.chat(max_tokens=3).usage.completion_tokens <= 3
+
+
+@pytest.mark.slow
+def test_200_clients_on_8_slots_of_whom_a_fifth_goes_away_harm_nobody(model):
+    """For 30 seconds: everyone who stays gets what the same request got alone, no slot is lost, and memory is flat."""
+    processor = picture_processor()
+    engine = Engine(model, processor, slots=8, context=2048, max_waiting=512)
+    bias = {str(token): -100 for token in processor.tokenizer.stop_ids}
+    with serving(processor=processor, engine=engine) as found:
+        asked = []
+        for i in range(48):
+            body = {"messages": said(i), "seed": i, "temperature": (0, 0.7, 1.3)[i % 3], "max_tokens": 5 + i % 40}
+            if i % 4 == 0:
+                body["logit_bias"] = bias
+            asked.append((body, found.chat(**body).choices[0].message.content))
+        was = crowd(found, lambda draw: draw.choice(asked), clients=200, seconds=30, patience=1.0)
+        print(f"{was.answered} answered, {was.gone} gone, {was.grown / 2**20:.1f} MiB grown")
+        assert not was.wrong, was.wrong[:3]
+        assert was.answered > 500 and was.gone > 100
+        assert found.idle() and wait_until(lambda: found.server.active == 0 and found.server.bodies == 0)
+        assert was.grown < 48 * 2**20
+        everyone = [found.post("/v1/chat/completions", {"messages": USER, "logit_bias": bias, "max_tokens": 1900})
+                    for _ in range(9)]  # fmt: skip
+        assert wait_until(lambda: (found.engine.stats.running, found.engine.stats.waiting) == (8, 1))
+        for connection in everyone:
+            connection.close()
+        assert found.idle()
 
 
 def test_figures_are_the_engine_s(server):
