@@ -260,9 +260,7 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     counted = count_parameters(model)
     size, compute = BYTES[config.precision.params], BYTES[config.precision.compute]
     if work.step != "train":
-        rows = _rows_of_a_device(work.rows, mesh)
-        slots = sum(min(spec.chunk or work.context, work.context) for spec in model.layers) / mesh.context
-        cache = rows * slots * 2 * model.num_kv_heads * model.head_dim / mesh.tensor * work.cache_bytes
+        cache = sum(cache_parts(work, mesh))
         width = 2 * model.expert_mlp_dim + 4 * model.embed_dim
         temporaries = work.rows * work.tokens / mesh.data * width * compute
         temporaries += work.rows / mesh.data * model.vocab_size / mesh.tensor * 4  # logits
@@ -281,6 +279,15 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     temporaries += tokens * (_kept(config, mesh) + width) * compute
     temporaries += max(3 * gathered * compute, ends * (compute + 4))
     return {"parameters": held * size, "optimizer": held * 8, "batch": tokens * 24}, temporaries
+
+
+def cache_parts(work: Work, mesh: MeshConfig) -> tuple[float, float]:
+    """Bytes of a cache on a device: of global layers, whose slots are split, and of chunked ones, that hold a chunk."""
+    whole = sum(work.context for spec in work.config.model.layers if spec.chunk is None) / mesh.context
+    chunks = sum(min(spec.chunk, work.context) for spec in work.config.model.layers if spec.chunk is not None)
+    rows, model = _rows_of_a_device(work.rows, mesh), work.config.model
+    each = rows * 2 * model.num_kv_heads * model.head_dim / mesh.tensor * work.cache_bytes
+    return whole * each, chunks * each
 
 
 def _rows_of_a_device(rows: int, mesh: MeshConfig) -> int:

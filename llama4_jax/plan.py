@@ -45,6 +45,7 @@ from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
 from llama4_jax.ops.row_blocks import heights_for
 from llama4_jax.ops.splash_attention import BLOCK_K
 from llama4_jax.plan_options import PlanOptions
+from llama4_jax.plan_server import plan_server
 from llama4_jax.sharding import (
     SERVING,
     MeshConfig,
@@ -75,6 +76,8 @@ def main(arguments: list[str]) -> int:
         if options.json is not None:
             raise ValueError("--json writes the figures of one plan: give the mesh that --search found, without it.")
         return _search(work, where)
+    if options.slots is not None:
+        return _server(options, work, where, chosen)
     mesh, notes = work.config.mesh, ()
     if not chosen and (options.step != "train" or options.name not in config_names()):
         mesh = _best(work, where)
@@ -87,6 +90,16 @@ def main(arguments: list[str]) -> int:
     plan = _too_large(work, mesh, where) if notes else None
     plan = plan_step(work, mesh, where) if plan is None else plan
     plan = dataclasses.replace(plan, assumptions=(*notes, *plan.assumptions))
+    print(plan.text())
+    if options.json is not None:
+        options.json.write_text(plan.to_json())
+    return 0 if plan.fits else 1
+
+
+def _server(options: PlanOptions, work: Work, where: Topology, chosen: bool) -> int:
+    """Prints what a server costs."""
+    mesh = _checked(work, work.config.mesh, where) if chosen else _best(work, where)
+    plan = plan_server(work, mesh, where, options.held)
     print(plan.text())
     if options.json is not None:
         options.json.write_text(plan.to_json())
@@ -111,9 +124,11 @@ def work_of(options: PlanOptions, rest: list[str]) -> Work:
     config = tyro.cli(
         RunConfig, prog=f"llama4 plan {options.name}", args=rest, default=base, config=(tyro.conf.AvoidSubcommands,)
     )
+    _check_slots(options)
     rows = config.data.batch_size if options.batch is None else options.batch
+    rows = rows if options.slots is None else options.slots
     context = config.data.seq_len if options.context is None else options.context
-    for name, value in (("--batch", rows), ("--context", context)):
+    for name, value in (("--batch" if options.slots is None else "--slots", rows), ("--context", context)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if context > config.model.context_length:
@@ -121,10 +136,24 @@ def work_of(options: PlanOptions, rest: list[str]) -> Work:
             f"--context is {context}, but the model is meant for {config.model.context_length} tokens at most: set "
             f"--model.context-length, too."
         )
+    if wrong := next((held for held in options.held if not 1 <= held <= context), None):
+        raise ValueError(f"--held {wrong}: a row of {context} tokens (--context) holds 1 to {context}.")
     if options.step == "train":
         data = dataclasses.replace(config.data, batch_size=rows, seq_len=context)
         config = dataclasses.replace(config, data=data)
     return Work(config, options.step, rows, context, _scheme(options), options.cache)
+
+
+def _check_slots(options: PlanOptions) -> None:
+    """Raises ValueError where the options of a server are not together."""
+    if options.slots is None:
+        if options.held:
+            raise ValueError("--held says how long the rows of a server are: add --slots.")
+        return
+    if options.step != "decode":
+        raise ValueError(f"--slots {options.slots} is of a server: add --step decode.")
+    if options.batch is not None:
+        raise ValueError(f"--batch {options.batch} and --slots {options.slots} both say how many rows: give one.")
 
 
 def _scheme(options: PlanOptions) -> Scheme | None:

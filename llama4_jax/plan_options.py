@@ -22,5 +22,7 @@ class PlanOptions:
     weights: Literal["int8", "int4", "fp8"] | None = None  # of prefill and decode, as `llama4 quantize` makes them
     group: int | None = None  # inputs that share a scale; None: 128 for int4, all for others
     cache: Literal["int8"] | None = None  # of prefill and decode; None: bfloat16
+    slots: int | None = None  # price a server of so many slots of --context tokens, with --step decode: by formulas
+    held: tuple[int, ...] = ()  # with --slots: tokens that each row holds, to say how fast it can be; none: a range
     search: bool = False  # rank the meshes that fit, and compile the best few
     json: Path | None = None  # write the figures there, too

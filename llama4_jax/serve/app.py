@@ -75,7 +75,9 @@ class Server:
         routes = [Route(path, self._answering(answer, path), methods=["POST"]) for path, answer in posts.items()]
         routes += [Route(path, self._answering(answer, path), methods=["GET"]) for path, answer in gets.items()]
         handlers = {404: self._no_such_path, 405: self._no_such_method}
-        self.app = Gate(Starlette(routes=routes, exception_handlers=handlers), settings, self.metrics)
+        inner = Starlette(routes=routes, exception_handlers=handlers)
+        inner.router.redirect_slashes = False  # to where a Host header says
+        self.app = Gate(inner, settings, self.metrics)
 
     def drain(self) -> None:
         """From now on new requests are refused; those that run go on."""

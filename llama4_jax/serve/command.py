@@ -9,8 +9,8 @@ from llama4_jax.infer.engine import Engine
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.processor import Processor
 from llama4_jax.serve.app import Server
-from llama4_jax.serve.http import HttpServer, is_local, listening
-from llama4_jax.serve.settings import Settings
+from llama4_jax.serve.http import HttpServer, is_local, listening, most_connections
+from llama4_jax.serve.settings import Limits, Settings
 from llama4_jax.serve_options import ServeOptions
 
 _CONTEXT = 8192
@@ -61,6 +61,7 @@ def serve(options: ServeOptions, *, read_processor: Callable[[], Processor], loa
                 images_under=options.allow_images_under,
                 local=local,
                 hosts=options.allow_host,
+                limits=Limits(connections=most_connections(Limits.connections)),
             )
             server = Server(engine, processor, settings)
             server.jobs.grammars.prepare()

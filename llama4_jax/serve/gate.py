@@ -50,6 +50,10 @@ class Gate:
                 f"this server is for this machine, as localhost, and not as {shown(host)}: --allow-host adds a name.",
                 code="wrong_host",
             )
+        if b"transfer-encoding" in headers and b"content-length" in headers:  # a proxy may read the other of them
+            raise ApiError(
+                400, "a request has either Content-Length or Transfer-Encoding.", headers={"Connection": "close"}
+            )
         origin = headers.get(b"origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "requests from pages of other sites are refused.", code="wrong_origin")

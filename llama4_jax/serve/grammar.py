@@ -13,7 +13,7 @@ more than that (alternatives, dependencies, references to other places), or a na
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,8 @@ from llama4_jax.untrusted_json import shortened
 
 Notation = Literal["pythonic", "json"]
 
-_MAX_SCHEMA = 200_000  # characters of all schemas of a request
+_MAX_SCHEMA = 100_000  # characters of all schemas of a request
+_MAX_TEXT = 10_000  # of a text in a schema: while it is written, each mask costs as much
 # Space without end is what models fall into, and JSON allows it: this much between two signs is enough for any layout.
 _JSON = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,40}", "lenient": False}
 # Of schemas: what keyword arguments express by themselves, and what changes nothing.
@@ -73,15 +74,15 @@ class Grammars:
         Raises ValueError, which begins with `schema` or `tools[i]`, for a schema that cannot be kept to.
         """
         self.prepare()
-        rules, starts = [], []
+        rules, starts, size = [], [], 0
         if schema is not None:
-            self._check(schema, "schema")
+            size = self._check(schema, "schema", size)
             rules.append(f"answer: {_json(schema)}")
             starts.append("answer")
         for i, tool in enumerate(tools):
             where = f"tools[{i}] ({tool.name})"
             parameters = _of_object(tool.parameters)
-            self._check(parameters, where)
+            size = self._check(parameters, where, size)
             rules += _call_rules(f"call{i}", tool.name, parameters, notation)
         if tools:
             rules.append("call: " + " | ".join(f"call{i}" for i in range(len(tools))))
@@ -96,16 +97,41 @@ class Grammars:
             starts.append("free")
         lark = "\n".join([f"start: {' | '.join(starts)}", *rules])
         grammar = LLMatcher.grammar_from_lark(lark)
-        self._raise_for(grammar, "schema" if schema is not None and not tools else "tools")
-        return Grammar(LLMatcher(self._known, grammar, log_level=0, limits=_LIMITS), self)
+        where = "schema" if schema is not None and not tools else "tools"
+        self._raise_for(grammar, where)
+        made = Grammar(LLMatcher(self._known, grammar, log_level=0, limits=_LIMITS), self)
+        self._try(made, where)
+        return made
 
-    def _check(self, schema: dict[str, Any], where: str) -> None:
-        """One schema by itself, so that an error names it."""
-        if len(json.dumps(schema)) > _MAX_SCHEMA:
-            raise ValueError(f"{where}: its schema is too large: {_MAX_SCHEMA:,} characters at most.")
+    def _check(self, schema: dict[str, Any], where: str, size: int) -> int:
+        """One schema by itself, so that an error names it. `size` is that of those before; returns that of all."""
+        size += len(json.dumps(schema))
+        if size > _MAX_SCHEMA:
+            raise ValueError(f"{where}: schemas are too large: {_MAX_SCHEMA:,} characters of all together at most.")
         if "x-guidance" in schema:
             raise ValueError(f"{where}: x-guidance, which changes how a schema is read, is not supported.")
-        self._raise_for(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON), where)
+        if any(len(text) > _MAX_TEXT for text in _texts(schema)):
+            raise ValueError(f"{where}: its schema has a text of more than {_MAX_TEXT:,} characters.")
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
+        except ValueError as error:  # an integer of more than 64 bits
+            raise ValueError(f"{where}: this schema cannot be kept to: {shortened(str(error))}.") from None
+        self._raise_for(grammar, where)
+        return size
+
+    def _try(self, grammar: "Grammar", where: str) -> None:
+        """How a reply begins, so that what admits nothing, or is too complex from its beginning on, is told before
+        anything is written."""
+        for begun in ("", "{", '{"', "[", "[{"):
+            trial = grammar.again()
+            mask = trial.mask()
+            for token in self.tokenizer.encode(begun):
+                if trial.problem is not None or not mask[token // 32] >> token % 32 & 1:
+                    break
+                trial.accept(token)
+                mask = trial.mask()
+            if trial.problem is not None:
+                raise ValueError(f"{where}: this schema cannot be kept to: {trial.problem}.")
 
     def _raise_for(self, grammar: str, where: str) -> None:
         """Warnings are errors too: what they tell of would not be kept to."""
@@ -224,6 +250,20 @@ def _is_keywords(parameters: dict[str, Any]) -> bool:
         and set(parameters.get("required", [])) <= properties.keys()
         and all(ref.startswith(("#/$defs/", "#/definitions/")) for ref in _references(parameters))
     )
+
+
+def _texts(schema: Any) -> Iterator[str]:
+    """All of them, names too."""
+    level = [schema]
+    while level:
+        one = level.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            yield from one
+            level += one.values()
+        elif isinstance(one, list):
+            level += one
 
 
 def _references(schema: Any) -> list[str]:

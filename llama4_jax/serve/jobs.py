@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from llama4_jax.inputs.chat import ChatFormat
@@ -17,7 +18,6 @@ from llama4_jax.processor import Processor, Prompt
 from llama4_jax.serve.answers import token_name
 from llama4_jax.serve.grammar import Grammar, Grammars
 from llama4_jax.serve.protocol import (
-    MOST_CHOICES,
     MOST_PICTURES,
     ApiError,
     ChatRequest,
@@ -28,10 +28,11 @@ from llama4_jax.serve.protocol import (
     TextFormat,
     TokenizeRequest,
     bad_request,
-    check_details,
+    check_parts,
     pictures_in,
     read_request,
     results_in_order,
+    text_length,
 )
 from llama4_jax.serve.settings import Settings
 from llama4_jax.untrusted_json import shown
@@ -58,13 +59,20 @@ class Jobs:
         self.processor, self.settings = processor, settings
         self.tokenizer = processor.tokenizer
         self.grammars = Grammars(processor.tokenizer, settings.vocab_size)
+        # Characters: four times what the longest tokens make up, as a tokenizer may write a text shorter first.
+        longest = self.tokenizer.token_bytes(np.arange(self.tokenizer.vocab_size)).max()
+        self._most_text = 4 * int(longest) * settings.context
 
     def tokenized(self, body: bytes) -> dict[str, Any]:
         asked = read_request(body, TokenizeRequest)
         self.check_model(asked.model)
+        self._check_length(
+            asked.prompt, asked.messages, asked.tools, of="prompt" if asked.messages is None else "messages"
+        )
         if asked.prompt is not None:
             tokens = self.tokenizer.encode(asked.prompt, bos=asked.add_special_tokens)
         else:
+            check_parts(asked.messages)
             with as_bad_request():
                 tools = read_tools(asked.tools)
                 said = self._with_pictures(read_messages(results_in_order(asked.messages)))
@@ -81,7 +89,8 @@ class Jobs:
     def read_chat(self, body: bytes) -> tuple[ChatRequest, tuple[Message, ...]]:
         asked = read_request(body, ChatRequest)
         self.check_model(asked.model)
-        check_details(asked.messages)
+        check_parts(asked.messages)
+        self._check_length(asked.messages, asked.tools, of="messages")
         with as_bad_request():
             return asked, read_messages(results_in_order(asked.messages))
 
@@ -177,7 +186,10 @@ class Jobs:
         asked = read_request(body, CompletionRequest)
         self.check_model(asked.model)
         prompts = []
-        for i, said in enumerate(asked.prompts()):
+        texts = asked.prompts()
+        for said in texts:
+            self._check_length(said if isinstance(said, str) else "", of="prompt")
+        for i, said in enumerate(texts):
             ids = self.tokenizer.encode(said, bos=True) if isinstance(said, str) else said
             wrong = next((token for token in ids if not 0 <= token < self.settings.vocab_size), None)
             if wrong is not None:
@@ -187,13 +199,6 @@ class Jobs:
                     param="prompt",
                 )
             prompts.append(Prompt(ids, None))
-        if len(prompts) * asked.n > MOST_CHOICES:
-            raise ApiError(
-                400,
-                f"{len(prompts)} prompts with n = {asked.n} are {len(prompts) * asked.n} choices: {MOST_CHOICES} at "
-                f"most.",
-                param="n" if asked.n > 1 else "prompt",
-            )
         sampling = self._sampling(asked, asked.logprobs or 0)
         if asked.echo and asked.logprobs is not None:
             sampling["prompt_scores"] = True
@@ -228,6 +233,17 @@ class Jobs:
                 code="context_length_exceeded",
             )
         return left if asked is None else asked
+
+    def _check_length(self, *said: Any, of: str) -> None:
+        """Text that no context of this length can hold is not even cut into tokens."""
+        length = sum(map(text_length, said))
+        if length > self._most_text:
+            raise ApiError(
+                413,
+                f"{of} has {length:,} characters: more than a context of {self.settings.context:,} tokens can hold.",
+                param=of,
+                code="context_length_exceeded",
+            )
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.settings.model:

@@ -27,6 +27,9 @@ MOST_BIASES = 300
 MOST_TOP_LOGPROBS = 20
 MOST_PICTURES = 16
 MOST_TOOLS = 128
+MOST_MESSAGES = 10_000
+MOST_PARTS = 10_000  # of all messages
+MOST_VALUES, MOST_LISTS = 1_000_000, 200_000  # of a request's JSON: reading as many takes a second of a core
 
 
 class ApiError(Exception):
@@ -115,6 +118,7 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1, le=MOST_CHOICES)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
+Messages = Annotated[list[Any], Meta(min_length=1, max_length=MOST_MESSAGES)]
 NewTokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
@@ -161,7 +165,7 @@ class _Sampled(_Part, frozen=True, kw_only=True):
 
 
 class ChatRequest(_Sampled, frozen=True, kw_only=True):
-    messages: Annotated[list[Any], Meta(min_length=1)]
+    messages: Messages
     max_tokens: NewTokens | None = None
     max_completion_tokens: NewTokens | None = None
     logprobs: bool = False
@@ -190,6 +194,12 @@ class CompletionRequest(_Sampled, frozen=True, kw_only=True):
         said = self.prompt
         if isinstance(said, str):
             return [said]
+        if isinstance(said, list) and said and isinstance(said[0], str | list) and len(said) * self.n > MOST_CHOICES:
+            raise ApiError(
+                400,
+                f"{len(said)} prompts with n = {self.n} are {len(said) * self.n} choices: {MOST_CHOICES} at most.",
+                param="n" if self.n > 1 else "prompt",
+            )
         if isinstance(said, list) and said and all(isinstance(one, str) for one in said):
             return said
         nested = said if isinstance(said, list) and said and isinstance(said[0], list) else [said]
@@ -208,7 +218,7 @@ class CompletionRequest(_Sampled, frozen=True, kw_only=True):
 class TokenizeRequest(_Part, frozen=True, kw_only=True):
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Any], Meta(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: Annotated[list[Any], Meta(max_length=MOST_TOOLS)] = []
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
@@ -253,6 +263,10 @@ _LABELS = {"metadata": dict[str, str], "safety_identifier": str, "prompt_cache_k
 
 def read_request(body: bytes, of: type) -> Any:
     """The body as one of the types above. Raises ApiError for anything else."""
+    # Looked for before it is read. Those in texts count too: no prompt has so many.
+    for marks, what, most in (((b",", b":"), "commas and colons", MOST_VALUES), ((b"[", b"{"), "brackets", MOST_LISTS)):
+        if (count := sum(map(body.count, marks))) > most:
+            raise ApiError(413, f"the request has {count:,} {what}, and may have {most:,}.", code="too_large")
     try:
         said = parse_json(body, where="the request", of=dict, exact=True)
     except ValueError as error:
@@ -306,11 +320,16 @@ def _check_combinations(request: Any) -> None:
         raise ApiError(400, "give either prompt or messages.", param="prompt")
 
 
-def check_details(messages: Sequence[Any]) -> None:
-    """Pictures are cut in one way: another `detail` than that is refused. Raises ApiError."""
+def check_parts(messages: Sequence[Any]) -> None:
+    """Pictures are cut in one way: another `detail` than that is refused, and so are parts without end. Raises
+    ApiError."""
+    count = 0
     for i, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
         for j, part in enumerate(content if isinstance(content, list) else ()):
+            count += 1
+            if count > MOST_PARTS:
+                raise ApiError(400, f"messages have more than {MOST_PARTS:,} parts.", param=f"messages[{i}].content")
             url = part.get("image_url") if isinstance(part, dict) else None
             detail = url.get("detail") if isinstance(url, dict) else None
             if detail not in (None, "auto", "high"):
@@ -318,17 +337,33 @@ def check_details(messages: Sequence[Any]) -> None:
                 raise ApiError(400, f"{place} may be auto or high, and is {shown(detail)}.", param=place)
 
 
+def text_length(value: Any) -> int:
+    """Characters of all texts in a JSON value, but those of pictures."""
+    length, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            length += len(one)
+        elif isinstance(one, dict):
+            left += [inner for name, inner in one.items() if name not in ("image_url", "url")]
+            length += sum(map(len, one))
+        elif isinstance(one, list):
+            left += one
+    return length
+
+
 def results_in_order(messages: Sequence[Any]) -> list[Any]:
     """The messages, with results of tools in the order of the calls: Llama 4's format knows them by it alone, and
     OpenAI's by `tool_call_id`. Raises ApiError for an id that is of no call before it, or is answered twice."""
     ordered, i = list(messages), 0
-    calls: list[Any] = []
+    calls: dict[str, int] = {}  # ids of the last calls → their place among them
     while i < len(ordered):
         message = ordered[i]
         role = message.get("role") if isinstance(message, dict) else None
         if role == "assistant":
             said = message.get("tool_calls")
-            calls = [call.get("id") for call in said if isinstance(call, dict)] if isinstance(said, list) else []
+            ids = [call.get("id") for call in said if isinstance(call, dict)] if isinstance(said, list) else []
+            calls = {identity: j for j, identity in enumerate(ids) if isinstance(identity, str)}
         if role != "tool":
             i += 1
             continue
@@ -336,13 +371,16 @@ def results_in_order(messages: Sequence[Any]) -> list[Any]:
         while end < len(ordered) and isinstance(ordered[end], dict) and ordered[end].get("role") == "tool":
             end += 1
         ids = [one.get("tool_call_id") for one in ordered[i:end]]
+        answered: set[str] = set()
         for j, identity in enumerate(ids):
             place = f"messages[{i + j}].tool_call_id"
-            if identity is not None and (identity not in calls or identity in ids[:j]):
-                why = "is answered twice" if identity in calls else "is the id of no call before it"
+            known = isinstance(identity, str) and identity in calls
+            if identity is not None and (not known or identity in answered):
+                why = "is answered twice" if known else "is the id of no call before it"
                 raise ApiError(400, f"{place} {why}: {shown(identity)}.", param=place)
+            answered.add(identity)
         if None not in ids:
-            ordered[i:end] = sorted(ordered[i:end], key=lambda one: calls.index(one["tool_call_id"]))
+            ordered[i:end] = sorted(ordered[i:end], key=lambda one: calls[one["tool_call_id"]])
         i = end
     return ordered
 

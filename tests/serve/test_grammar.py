@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from random_schemas import SCHEMAS, WORDS
 
 from llama4_jax.inputs.messages import Tool
 from llama4_jax.inputs.tokenizer import ByteTokenizer
@@ -36,40 +37,6 @@ def written(grammar, seed, most=6000):
     pytest.fail(f"no end: {TOKENIZER.decode(ids)[:300]}")
 
 
-# Schemas as people write them, of the kinds of which llguidance knows all.
-WORDS = st.text("abcdé_", min_size=1, max_size=6)
-LEAVES = st.one_of(
-    st.just({"type": "boolean"}), st.just({"type": "null"}), st.just({"type": "string"}), st.just({"type": "number"}),
-    st.builds(lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size},
-              st.integers(-1000, 1000), st.integers(0, 100)),
-    st.builds(lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size},
-              st.integers(0, 4), st.integers(0, 6)),
-    st.builds(lambda values: {"enum": values},
-              st.lists(st.one_of(WORDS, st.integers(-9, 9), st.none()), min_size=1, max_size=4)),
-    st.builds(lambda value: {"const": value}, WORDS),
-    st.sampled_from(["date", "uuid", "ipv4", "time"]).map(lambda kind: {"type": "string", "format": kind}),
-    st.sampled_from(["[a-z]{2,5}", "^x+$", "(ab|cd)*e"]).map(lambda p: {"type": "string", "pattern": f"^({p})$"}),
-)  # fmt: skip
-
-
-def larger(inner):
-    return st.one_of(
-        st.builds(lambda items, low, size: {"type": "array", "items": items, "minItems": low, "maxItems": low + size},
-                  inner, st.integers(0, 2), st.integers(0, 3)),
-        st.builds(
-            lambda properties, required, more: {
-                "type": "object",
-                "properties": properties,
-                "required": sorted(properties)[: required],
-                **({} if more is None else {"additionalProperties": more}),
-            },
-            st.dictionaries(WORDS, inner, max_size=4), st.integers(0, 4), st.sampled_from([None, False, True]),
-        ),
-        st.builds(lambda choices: {"anyOf": choices}, st.lists(inner, min_size=1, max_size=3)),
-    )  # fmt: skip
-
-
-SCHEMAS = st.recursive(LEAVES, larger, max_leaves=6)
 QUIETLY = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": [Phase.generate]}
 
 
@@ -196,3 +163,20 @@ def test_a_token_that_was_not_allowed_ends_the_reply_and_is_told():
     other = again.again()
     again.accept(ord("{"))
     assert not (again.mask() == other.mask()).all() and other.problem is None
+
+
+def test_schemas_are_bounded_together_and_what_admits_nothing_is_told_before_a_reply_begins():
+    def tool(i):
+        one = {"type": "object", "properties": {"a": {"enum": ["x" * 9000]}}}
+        return Tool(f"f{i}", "", one)
+
+    GRAMMARS.compile(tools=[tool(i) for i in range(10)])
+    with pytest.raises(ValueError, match=r"tools\[11\] \(f11\): schemas are too large: 100,000 characters of all"):
+        GRAMMARS.compile(tools=[tool(i) for i in range(12)])
+    for schema in ({"$ref": "#"}, {"anyOf": [{"type": "object", "properties": {f"p{i}_{j}": {} for i in range(40)}}
+                                             for j in range(40)]}):  # fmt: skip
+        with pytest.raises(ValueError, match="^schema: this schema cannot be kept to: "):
+            GRAMMARS.compile(schema=schema)
+    written(
+        GRAMMARS.compile(schema={"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(400)}}), 0
+    )

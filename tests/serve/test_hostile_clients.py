@@ -1,21 +1,19 @@
 """Whatever a client does, or stops doing, it costs little, ends, and harms nobody else."""
 
+import base64
 import contextlib
+import io
 import json
-import random
 import socket
-import struct
-import threading
 import time
 
 import openai
-import psutil
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from micro_run import picture_processor
 from PIL import Image
-from serving import MODEL, USER, serving, wait_until
+from serving import MODEL, USER, crowd, serving, wait_until
 
 from llama4_jax.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -95,6 +93,134 @@ def test_whatever_is_asked_is_answered_or_refused_by_name(server, path, fields, 
         json.loads(answer)
     else:
         assert answer.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """With the limits that a user's server has."""
+    with serving(script="fine", processor=picture_processor()) as found:
+        yield found
+
+
+def said_with(schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    return {"messages": USER, "response_format": form}
+
+
+def bomb(side):
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+CALLS = [{"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in range(4000)]
+RESULTS = [{"role": "tool", "tool_call_id": call["id"], "content": "x" * 9} for call in reversed(CALLS)]
+OPTIONAL = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
+LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+TOOLS = [{"type": "function", "function": {"name": f"f{i}", "strict": True, "parameters": {
+    "type": "object", "properties": {"a": {"enum": ["x" * 990]}}}}} for i in range(120)]  # fmt: skip
+TOLD_AT_LENGTH = [{"type": "function", "function": {"name": "f", "description": "x" * 10**6}}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        (CHAT, {"messages": [{}] * 10_001}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10_001}]}, 400,
+         "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 3_000_000}]}, 413, "messages"),
+        (CHAT, {"messages": USER, "tools": TOLD_AT_LENGTH}, 413, "messages"),
+        ("/tokenize", {"prompt": "x" * 3_000_000}, 413, "prompt"),
+        ("/v1/completions", {"prompt": "x" * 3_000_000}, 413, "prompt"),
+        ("/v1/completions", {"prompt": ["x"] * 500_000}, 400, "prompt"),
+        ("/v1/completions", {"prompt": [[1]] * 100_000}, 400, "prompt"),
+        (CHAT, {"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": CALLS}, *RESULTS]}, 413,
+         "messages"),
+        (CHAT, b'{"messages":[' + b'{"a":1},' * 200_000 + b"{}]}", 413, None),
+        (CHAT, b'{"prompt":[' + b"1," * 1_000_001 + b"1]}", 413, None),
+        (CHAT, {"messages": USER, "logit_bias": {str(i): 1 for i in range(100_000)}}, 400, "logit_bias"),
+        (CHAT, {"messages": USER, "stop": ["a"] * 100_000}, 400, "stop"),
+        (CHAT, {"messages": USER, "x" * 1_000_000: 1}, 400, None),
+        (CHAT, said_with({"$ref": "#"}), 400, "response_format"),
+        (CHAT, said_with(LOOP), 400, "response_format"),
+        (CHAT, said_with({"$ref": "http://127.0.0.1:1/x"}), 400, "response_format"),
+        (CHAT, said_with({"$ref": "file:///etc/passwd"}), 400, "response_format"),
+        (CHAT, said_with({"type": "integer", "multipleOf": 999_999_937}), 400, "response_format"),
+        (CHAT, said_with({"type": "integer", "minimum": 10**300}), 400, "response_format"),
+        (CHAT, said_with(OPTIONAL), 400, "response_format"),
+        (CHAT, said_with({"const": "x" * 10_001}), 400, "response_format"),
+        (CHAT, said_with({"enum": [f"value {i}" for i in range(100_000)]}), 400, "response_format"),
+        (CHAT, said_with({"type": "string", "pattern": "(a)\\1"}), 400, "response_format"),
+        (CHAT, {"messages": USER, "tools": TOOLS}, 413, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": bomb(20_000)}}]}]},
+         400, "messages[0].content[0]"),
+    ],
+    ids=lambda x: str(x)[:60] if isinstance(x, dict | bytes) else str(x),
+)  # fmt: skip
+def test_what_is_made_to_be_expensive_is_refused_before_it_is(usual, path, body, status, param):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    began = time.monotonic()
+    found, error = error_of(usual.request("POST", path, data))
+    assert found == status and (error["param"] == param or param is None), error
+    assert time.monotonic() - began < 5  # of a busy machine; each took minutes, or was an error of the server, before
+    assert len(error["message"]) <= 520
+    assert usual.chat().choices[0].message.content == "fine"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["^((((a{1,99}){1,99}){1,99}){1,99})$", "^(a+)+$", ".*a.{500}", "|".join("ab" * i for i in range(1, 90))],
+)
+def test_patterns_that_blow_up_elsewhere_take_no_time(usual, pattern):
+    began = time.monotonic()
+    status, _, answer = usual.request(
+        "POST", CHAT, {**said_with({"type": "string", "pattern": pattern}), "max_tokens": 20}
+    )
+    assert status == 200, answer
+    assert time.monotonic() - began < 5
+
+
+def test_one_connection_too_many_is_told_so_and_the_others_go_on():
+    with serving(script="fine", limits={"connections": 20}) as found:
+        assert found.chat().choices[0].message.content == "fine"
+        found.client.close()
+        idle = [found.connect() for _ in range(20)]
+        for connection in [found.connect() for _ in range(50)]:
+            with connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in head
+                assert json.loads(body)["error"]["code"] == "too_many"
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raw_status(idle[0]) == 200
+        for connection in idle:
+            connection.close()
+        assert wait_until(lambda: found.request("GET", "/health")[0] == 200)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00", b"GET / \r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_what_is_no_http_is_a_400_in_openais_form(usual, head):
+    with usual.connect() as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 400"), answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_no_path_leads_to_where_a_host_header_says(usual):
+    status, headers, _ = usual.request("POST", CHAT + "/", b"{}")
+    assert status == 404 and "location" not in headers
 
 
 def test_a_body_is_bounded_whether_it_says_its_size_or_not(server):
@@ -270,55 +396,19 @@ def test_what_does_not_end_in_the_time_for_it_is_cancelled():
 
 
 def test_many_clients_of_whom_some_go_away_leave_nothing_behind():
-    """200 at a time, on 8 slots; everyone who stays gets what the same request gets alone."""
-    process = psutil.Process()
+    """200 at a time, on 8 slots; everyone who stays gets what the same request gets alone. On a real engine, and for
+    longer: `test_real_engine.py`."""
+
+    def ask(draw):
+        seed = draw.randrange(10**6)
+        return {"messages": USER, "seed": seed}, f"{seed} " * 20
+
     with serving(script=lambda handle: f"{handle.asked['seed']} " * 20, max_waiting=1000, tokens_a_call=20) as found:
         found.engine.keep_requests = False
-        wrong, answered, gone = [], [0], [0]
-        stop = time.monotonic() + 1.5
-        memory = []
-
-        def client(number):
-            draw = random.Random(number)
-            while time.monotonic() < stop:
-                seed, stream = draw.randrange(10**6), draw.random() < 0.5
-                connection = found.post(CHAT, {"messages": USER, "seed": seed, "stream": stream})
-                with connection:
-                    if draw.random() < 0.2:
-                        time.sleep(draw.random() * 0.02)
-                        if draw.random() < 0.5:  # by a reset
-                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                        gone[0] += 1
-                        continue
-                    data = b""
-                    end = b"data: [DONE]" if stream else b'"cached_tokens": 0}}}'
-                    while end not in data:
-                        more = connection.recv(65536)
-                        if not more:
-                            break
-                        data += more
-                    text = read(data, stream)
-                    answered[0] += 1
-                    if text != f"{seed} " * 20:
-                        wrong.append((seed, data[:200]))
-
-        def read(data, stream):
-            if not stream:
-                return json.loads(data.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]
-            lines = [line[6:] for line in data.splitlines() if line.startswith(b"data: {")]
-            return "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines)
-
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(200)]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.8)
-        memory.append(process.memory_info().rss)
-        for thread in threads:
-            thread.join(30)
-        memory.append(process.memory_info().rss)
-        assert not wrong, wrong[:3]
-        assert answered[0] > 200 and gone[0] > 20
+        was = crowd(found, ask, clients=200, seconds=1.5, patience=0.02)
+        assert not was.wrong, was.wrong[:3]
+        assert was.answered > 200 and was.gone > 20
         assert found.idle() and wait_until(lambda: found.server.active == 0 and found.server.bodies == 0)
         assert wait_until(lambda: len(found.http.server_state.connections) <= 1, 8)
-        assert memory[1] - memory[0] < 30 * 2**20
+        assert was.grown < 30 * 2**20
         assert found.client.models.retrieve(MODEL).id == MODEL

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from micro_run import ROOT, picture_directory
 
 from llama4_jax import cli
+from llama4_jax.serve.http import most_connections
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,14 @@ def test_it_answers_drains_at_sigterm_and_exits_with_0(directory, tmp_path):
         finally:
             process.kill()
     assert json.dumps(ready)
+
+
+def test_as_many_connections_are_taken_as_files_may_be_open(monkeypatch):
+    limits = {"now": (256, 1000)}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.update(now=pair))
+    assert most_connections(2048) == 1000 - 128 and limits["now"] == (1000, 1000)
+    limits["now"] = (1024, resource.RLIM_INFINITY)
+    assert most_connections(2048) == 2048 and limits["now"] == (2048 + 128, resource.RLIM_INFINITY)
+    limits["now"] = (10_000, 20_000)
+    assert most_connections(2048) == 2048 and limits["now"] == (10_000, 20_000)
