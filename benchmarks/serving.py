@@ -37,7 +37,7 @@ import numpy as np
 import peers
 
 import llama4_jax
-from llama4_jax.infer import engine as engine_module
+from llama4_jax.infer import engine_programs as programs
 from llama4_jax.infer.engine import Engine
 from llama4_jax.infer.generate import generate
 from llama4_jax.model.config import ModelConfig
@@ -125,17 +125,19 @@ def step_milliseconds(model: Llama4, context: int) -> float:
     handles = [engine.submit(prompt, max_new_tokens=2) for _ in range(SLOTS)]
     for handle in handles:
         handle.result()
-    alive, rows, times = np.ones(SLOTS, bool), engine._rows, []
+    core = engine._core
+    alive, rows, times = np.ones(SLOTS, bool), core._rows, []
     for _ in range(30):
         rows = rows._replace(left=jnp.full(SLOTS, 99, jnp.int32), active=jnp.ones(SLOTS, bool))
-        cache = engine._cache._replace(lengths=jnp.full(SLOTS, 100, jnp.int32))
+        cache = core._cache._replace(lengths=jnp.full(SLOTS, 100, jnp.int32))
         jax.block_until_ready((cache, rows))
         start = time.perf_counter()
-        engine._cache, rows, _ = jax.block_until_ready(
-            engine_module._decode(
-                engine._graphdef, engine._state, cache, rows, alive, np.int32(8), np.bool_(False), None
+        core._cache, rows, *_ = jax.block_until_ready(
+            programs.decode(
+                core._graphdef, core._state, cache, rows, None, alive, np.int32(8), np.bool_(False), None,
+                processor=None,
             )
-        )
+        )  # fmt: skip
         times.append((time.perf_counter() - start) / 8)
     engine.close()
     return 1e3 * min(times)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from llama4_jax.infer.rows import empty_rows
+from llama4_jax.infer.rows import rows_of, settings_of, stacked
 from llama4_jax.mesh_search import Work, cache_parts, estimate, precision_notes
 from llama4_jax.sharding import MeshConfig
 from llama4_jax.sharding.chips import GIB, Topology
@@ -172,7 +172,9 @@ def _snapshot(work: Work, tokens: int) -> Snapshot:
 
 
 def _rows_bytes(work: Work) -> float:
-    rows: Any = jax.eval_shape(lambda: empty_rows(work.rows, work.config.model.vocab_size))
+    vocab_size = work.config.model.vocab_size
+    settings = stacked([settings_of(vocab_size)] * work.rows)
+    rows: Any = jax.eval_shape(lambda: rows_of(settings, vocab_size))
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows)))
 
 

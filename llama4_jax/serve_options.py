@@ -18,6 +18,8 @@ class ServeOptions:
     context: int | None = None  # tokens of prompt and reply together, up to the model's; None: 8192
     max_waiting: int = 256  # requests that may wait for a slot; beyond it the answer is 429
     cache: Literal["float", "int8"] = "float"  # keys and values in --dtype, or in int8, of half bfloat16's size
+    prefix_gib: float = 1.0  # of host memory for beginnings of prompts that left their slot; 0: they are read again
+    device_prefix_gib: float = 0.0  # of the devices' memory, for the same, before the host's
     api_key_file: Path | None = None  # file of keys, one a line: each request must have one of them
     allow_host: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # a name by which a proxy on this machine leads here
     allow_images_under: Path | None = None  # requests may name pictures in this folder; else they bring them along

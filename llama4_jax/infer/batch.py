@@ -42,7 +42,16 @@ _SAMPLING = {"temperature": float, "top_p": float, "top_k": int}
 _DEFAULTS = {"max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "seed": 0}
 _LIMITS = ("max_tokens", "max_completion_tokens")  # OpenAI's two names of one thing
 _READ = ("messages", "tools", *_LIMITS, *_SAMPLING, "seed")
-_IGNORED = ("n", "model", "stream", "user")  # of what OpenAI's API takes, what makes no difference here
+_IGNORED = (  # of what OpenAI's API takes, what makes no difference here
+    "n", "model", "stream", "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+)  # fmt: skip
+# What clients write although it is the default, and is not supported otherwise.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,),
+    "top_logprobs": (0,), "tool_choice": ("auto",), "parallel_tool_calls": (True,), "stop": ([],),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "best_of": (1,), "repetition_penalty": (1,),
+    "min_p": (0,), "functions": ([],), "suffix": ("",),
+}  # fmt: skip
 _AROUND = ("custom_id", "id", "method", "url")
 _AHEAD = 256  # lines that may be answered while one before them is not
 
@@ -202,7 +211,11 @@ def _read(number: int, line: bytes, defaults: Mapping[str, Any]) -> Request:
             body = row["body"]
             if not isinstance(body, dict):
                 raise ValueError(f"body should be a JSON object, and is {shown(body)}.")
-        _only(body, (*_READ, *_IGNORED, *_AROUND), "a request")
+        for name, values in _HARMLESS.items():
+            said = body.get(name)
+            if not any((type(said) is not bool and said == value) or said is value for value in (None, *values)):
+                raise ValueError(f"{name} is {shown(said)}, and only {json.dumps(values[0])} is supported here.")
+        _only(body, (*_READ, *_IGNORED, *_HARMLESS, *_AROUND), "a request")
         if body.get("n") not in (None, 1):
             raise ValueError(
                 f"n is {shown(body['n'])}, and there is one reply to a line: repeat the line with other seeds."

@@ -83,7 +83,8 @@ class Handle:
 
     - prompt_tokens: of its prompt; cached_tokens: those that were found in the cache, known when the first token comes
     - prompt_scores: if they were asked for, of each token of the prompt; None of the first
-    - finish_reason: "stop", "length" or "cancelled"; None while it runs. `error` is set instead if the engine died
+    - finish_reason: "stop", "length" or "cancelled"; None while it runs. `error` is set instead if the engine died, or
+      if the model's logits are NaN
     """
 
     def __init__(self, core: "EngineCore", id: int, prompt: Int[np.ndarray, " T"], settings: Settings):
@@ -123,7 +124,7 @@ class Handle:
             return list(self._sampled)
 
     def tokens(self) -> Iterator[Sampled]:
-        """Waits for one after another. Raises EngineDied."""
+        """Waits for one after another. Raises EngineDied, and FloatingPointError if the model's logits are NaN."""
         at = 0
         while True:
             with self._changed:
@@ -132,12 +133,14 @@ class Handle:
             yield from new
             at += len(new)
             if done and not new:
+                if isinstance(self.error, FloatingPointError):
+                    raise self.error
                 if self.error is not None:
                     raise EngineDied("the engine died before this request was answered.") from self.error
                 return
 
     def result(self) -> list[Sampled]:
-        """All tokens, when they have come; the last is the stop id, if one ended the reply. Raises EngineDied."""
+        """All tokens, when they have come; the last is the stop id, if one ended the reply. Raises as `tokens`."""
         return list(self.tokens())
 
     def cancel(self) -> None:
@@ -670,6 +673,9 @@ class EngineCore:
     def _take(self, handle: Handle, new: list[Sampled]) -> None:
         if handle.done or not new:
             return
+        if any(token.logprob is not None and np.isnan(token.logprob) for token in new):
+            error = "the model's logits are NaN: a weight is broken, or numbers overflow. Try --dtype float32."
+            return self._finish(handle, [], None, FloatingPointError(error))
         if handle._most == 0:
             return self._finish(handle, [], "length")
         if handle._constraint is not None:
@@ -682,12 +688,14 @@ class EngineCore:
         else:
             handle._deliver(new)
 
-    def _finish(self, handle: Handle, new: list[Sampled], reason: str) -> None:
+    def _finish(
+        self, handle: Handle, new: list[Sampled], reason: str | None, error: BaseException | None = None
+    ) -> None:
         self._gone.append(Gone(handle.id))
         with self._lock:
             self._open -= 1
         handle._features = handle._tiles = None
-        handle._deliver(new, finish=reason)
+        handle._deliver(new, finish=reason, error=error)
 
     # ---- inputs of the programs
 

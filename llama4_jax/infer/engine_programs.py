@@ -10,6 +10,7 @@ Padding is written to no cache and routed to no expert, so that each row gets wh
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -114,6 +115,8 @@ def read(
     model = nnx.merge(graphdef, state)
     slot, alone = pieces.slot, pieces.slot is not None
     layers = _of_slot(cache.layers, slot) if alone else cache.layers
+    if alone:
+        layers = _emptied(layers, pieces.start[0], [spec.chunk for spec in model.config.layers])
     lengths = pieces.start if alone else jnp.where(pieces.count > 0, pieces.start, cache.lengths)
     hidden, after = model.step(tokens, Cache(layers, lengths), pieces.count, features)
     is_read = jnp.arange(len(cache.lengths)) == slot if alone else pieces.count > 0
@@ -191,6 +194,20 @@ def _of_slot(layers, slot: Int[Array, ""]):
 
 def _with_slot(layers, slot: Int[Array, ""], new):
     return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, slot, axis=0), layers, new)
+
+
+def _emptied(layers, start: Int[Array, ""], chunks: Sequence[int | None]):
+    """Without what others left behind in the slots from `start` on. It has no weight, but a NaN times 0 is NaN."""
+
+    def emptied(layer, chunk):
+        def without(x):
+            first = start if chunk is None else start % chunk
+            at = lax.expand_dims(jnp.arange(x.shape[2]), (0, 1, *range(3, x.ndim)))
+            return jnp.where(at < first, x, jnp.zeros((), x.dtype))
+
+        return jax.tree.map(without, layer)
+
+    return tuple(map(emptied, layers, chunks))
 
 
 def _everywhere(tree):

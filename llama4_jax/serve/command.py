@@ -31,6 +31,9 @@ def serve(options: ServeOptions, *, read_processor: Callable[[], Processor], loa
         raise ValueError(f"--context must be at least 2, a prompt's token and a reply's, got {options.context}.")
     if not 0 <= options.drain_seconds < float("inf"):
         raise ValueError(f"--drain-seconds must be a number that is not negative, got {options.drain_seconds}.")
+    for name, gib in (("prefix-gib", options.prefix_gib), ("device-prefix-gib", options.device_prefix_gib)):
+        if not 0 <= gib < 2**30:
+            raise ValueError(f"--{name} must be a number of GiB, 0 or more, got {gib}.")
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port must be from 0 (a free one) to {2**16 - 1}, got {options.port}.")
     name = options.model.name or options.model.resolve().name
@@ -49,6 +52,8 @@ def serve(options: ServeOptions, *, read_processor: Callable[[], Processor], loa
                 context=context,
                 cache=options.cache,
                 max_waiting=options.max_waiting,
+                device_prefix_bytes=int(options.device_prefix_gib * 2**30),
+                host_prefix_bytes=int(options.prefix_gib * 2**30),
                 report=report,
             )
         try:

@@ -16,7 +16,7 @@ _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 class Metrics:
     """One server's figures, in a registry of its own.
 
-    - stats: gives what the engine is doing now: running, waiting, slots, misses
+    - stats: gives what the engine is doing now: running, waiting, slots, found, misses
     """
 
     def __init__(self, model: str, stats: Callable[[], Stats]):
@@ -80,6 +80,12 @@ class _Engine(Collector):
             gauge = GaugeMetricFamily(name, text, labels=("model_name",))
             gauge.add_metric((self._model,), value)
             yield gauge
+        found = CounterMetricFamily(
+            "llama4:prefix_cache_found", "Prompts of which something came from a cache", labels=("model_name", "where")
+        )
+        for where, count in list(stats.found.items()):
+            found.add_metric((self._model, where), count)
+        yield found
         misses = CounterMetricFamily(
             "llama4:prefix_cache_misses", "Prompts of which nothing came from a cache", labels=("model_name", "reason")
         )

@@ -182,7 +182,10 @@ BAD = {
     json.dumps(asks("x", tools={"name": "f"})).encode(): "tools should be a list of tools, and is {'name': 'f'}.",
     json.dumps(asks("x", tools=[{"name": "f", "parameters": []}])).encode(): "tools[0].parameters should be a JSON",
     json.dumps(asks("x", tools="")).encode(): "tools should be a list of tools, and is ''.",
-    json.dumps(asks("x", stop=["a"])).encode(): "'stop' is not known",
+    json.dumps(asks("x", stop=["a"])).encode(): "stop is ['a'], and only [] is supported here.",
+    json.dumps(asks("x", logprobs=True)).encode(): "logprobs is True, and only false is supported here.",
+    json.dumps(asks("x", frequency_penalty=False)).encode(): "frequency_penalty is False, and only 0 is supported",
+    json.dumps(asks("x", guided_regex="a")).encode(): "'guided_regex' is not known",
     json.dumps(asks("x", n=2)).encode(): "n is 2, and there is one reply to a line",
     json.dumps(asks("x", temperature="hot")).encode(): "temperature should be a number, and is 'hot'.",
     json.dumps(asks("x", temperature=-1)).encode(): "temperature must be 0 (the most likely token) or a positive",
@@ -249,6 +252,14 @@ def test_null_is_as_good_as_nothing(answer, digests):
     fields = ("tools", "temperature", "top_k", "seed", "max_tokens", "stop", "response_format", "n", "custom_id")
     (reply,) = answer([asks("x", **dict.fromkeys(fields))])
     assert reply["message"]["content"] == alone(asks("x")) and "custom_id" not in reply
+
+
+def test_what_clients_write_although_it_is_the_default_is_taken(answer):
+    said = {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "tool_choice": "auto",
+            "parallel_tool_calls": True, "response_format": {"type": "text"}, "stop": [], "n": 1, "stream": False,
+            "store": False, "metadata": {"a": "b"}, "user": "me", "model": "any"}  # fmt: skip
+    (reply,) = answer([asks("x", **said)])
+    assert reply["message"]["content"] == alone(asks("x"))
 
 
 def test_an_id_of_half_a_character_stops_nothing(answer):
