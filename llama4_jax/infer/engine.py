@@ -7,9 +7,13 @@
 `engine_core.EngineCore` does the work; here a thread takes its turns, and after the start nothing is compiled.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from llama4_jax.infer.checks import Tiles
 from llama4_jax.infer.engine_core import Constraint as Constraint
@@ -17,6 +21,7 @@ from llama4_jax.infer.engine_core import EngineCore, Handle, Stats, is_id
 from llama4_jax.infer.engine_core import EngineDied as EngineDied
 from llama4_jax.infer.engine_core import Full as Full
 from llama4_jax.infer.engine_core import Sampled as Sampled
+from llama4_jax.infer.prefix_file import model_digest, read_prefix, write_prefix
 from llama4_jax.infer.sampling import check_whole
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.processor import Processor
@@ -120,6 +125,61 @@ class Engine:
             seed=seed, stop_ids=stop_ids, frequency_penalty=frequency_penalty, presence_penalty=presence_penalty,
             logit_bias=logit_bias, top_logprobs=top_logprobs, prompt_scores=prompt_scores, constraint=constraint,
         )  # fmt: skip
+
+    def save_prefix(
+        self,
+        prompt: Sequence[int] | Sequence[Mapping[str, Any]],
+        path: str | Path,
+        *,
+        tiles: Tiles | None = None,
+        tools: Sequence[Any] = (),
+    ) -> int:
+        """Reads a prompt, such as a long system message or document, and writes what the cache then holds to a file.
+
+        Returns how many of its tokens that are: whole pieces alone. Raises ValueError for a prompt without a whole
+        piece and as `submit`; OSError for a path that cannot be written.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
+        handle = self.submit(prompt, tiles=tiles, tools=tools, max_new_tokens=1)
+        handle.result()
+        snapshot = self._core.call(lambda: self._core.prefix(handle._keys)).result()
+        if snapshot is None:
+            raise ValueError(
+                f"the prompt has {handle.prompt_tokens} tokens, and prefixes are kept in whole pieces of "
+                f"{self._core._limits.piece}: give a longer one."
+            )
+        write_prefix(path, snapshot, self._model_digest)
+        return len(snapshot.keys)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Prompts that begin as the one of the file need not be read up to its end. Returns how many tokens it has.
+
+        Raises FileNotFoundError; ValueError for a file of another model, cache or context, a damaged one, one that is
+        larger than the memory for prefixes.
+        """
+        core = self._core
+        like = {size: jax.eval_shape(lambda size=size: core._taken(0, 0, size)) for size in (0, core._block)}
+        with core.placed():
+            keys, blocks, chunk = read_prefix(
+                Path(path), self._model_digest, block=like[core._block], chunk=like[0], block_size=core._block,
+                chunk_size=core._chunk,
+            )  # fmt: skip
+        size = sum(block.nbytes for block in [*blocks, *([] if chunk is None else [chunk])])
+        if size > core._prefix_bytes[1]:
+            raise ValueError(
+                f"{path} needs {size:,} bytes, and host_prefix_bytes is {core._prefix_bytes[1]:,}: start the engine "
+                f"with more."
+            )
+        core.call(lambda: core.add_prefix(keys, blocks, chunk)).result()
+        return len(keys)
+
+    @functools.cached_property
+    def _model_digest(self) -> str:
+        core = self._core
+        with core.placed():
+            return model_digest(core.config, core._state, str(core._cache_dtype or core._compute))
 
     def forget(self) -> None:
         """What is in the slots is not used for later requests: after the weights were changed, or to measure."""

@@ -357,6 +357,22 @@ class EngineCore:
             if isinstance(value, bool) or not isinstance(value, int | float) or not -1000 <= value <= 1000:
                 raise ValueError(f"logit_bias[{token}] must be a number from -1000 to 1000, got {value!r:.60}.")
 
+    def prefix(self, keys: Int[np.ndarray, " T"]) -> Snapshot | None:
+        """A snapshot of the beginning of a prompt of these keys, as long as there can be one; None if nothing of it is
+        held. Between two turns."""
+        held = {slot: one for slot, one in enumerate(self._held) if one is not None}
+        after = np.concatenate([keys, [np.iinfo(np.int64).min]])
+        lengths = {slot: usable(one, after, self._chunk, self._limits.piece) for slot, one in held.items()}
+        slot = max(lengths, key=lengths.__getitem__, default=None)
+        kept, length = self._snapshots.find(after)
+        if slot is not None and lengths[slot] >= max(length, 1):
+            return self._snapshot(slot, held[slot], lengths[slot])
+        return kept
+
+    def add_prefix(self, keys: Int[np.ndarray, " T"], blocks: list[Block], chunk: Block | None) -> None:
+        """Keeps a snapshot that was read from a file. Between two turns."""
+        self._snapshots.add(keys, lambda i: blocks[i], chunk)
+
     def forget(self) -> None:
         """What is in the slots is not used for later requests: after the weights were changed, or to measure."""
         self._inbox.put(("forget", None))
@@ -643,9 +659,9 @@ class EngineCore:
             self._graphdef, self._state, self._cache, self._rows, self._past, alive, np.int32(limit), waiting, mask,
             processor=self._processor,
         )  # fmt: skip
-        for slot, _ in rows:
+        for slot, handle in rows:
             held = self._held[slot]
-            self._held[slot] = replace(held, longest=min(held.longest + limit, self._limits.context))
+            self._held[slot] = replace(held, longest=min(held.longest + limit, handle.prompt_tokens + handle._most))
         self._pending.append(_Call(tuple(rows), choices, None, started))
 
     def _settle(self, calls: int) -> None:

@@ -1,5 +1,6 @@
 """Many requests at once, each as if it were alone."""
 
+import dataclasses
 import random
 import threading
 
@@ -7,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llama4_jax.infer import engine_programs as programs
 from llama4_jax.infer.engine import Engine, EngineDied, Full
+from llama4_jax.infer.engine_core import EngineCore
 from llama4_jax.infer.generate import generate
 from llama4_jax.model.config import ModelConfig, Precision, VisionConfig
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.sharding import SERVING, MeshConfig, make_mesh, parameter_sharding
 
 VISION = VisionConfig(embed_dim=16, num_layers=1, num_heads=2, mlp_dim=64, image_size=8, patch_size=4, adapter_dim=16,
                       output_dim=16, patch_token_id=49)  # fmt: skip
@@ -174,6 +178,46 @@ def test_what_has_left_its_slot_is_brought_back_bit_for_bit(model, kind):
                     assert now.cached_tokens >= before.prompt_tokens // 8 * 8 - 8
 
 
+def test_a_prefix_is_saved_and_loaded_and_refused_for_another_model(model, engine, tmp_path):
+    draw = np.random.default_rng(13)
+    system = draw.integers(0, 49, 60).tolist()
+    tiles = draw.integers(0, 256, (1, *TILE), dtype=np.uint8)
+    patches = [VISION.patch_token_id] * VISION.tokens_per_tile
+    path = tmp_path / "prefix.safetensors"
+    assert engine.save_prefix([*patches, *system], path, tiles=tiles) == 56
+    asked = [{"prompt": [*patches, *system, *draw.integers(0, 49, 5).tolist()], "tiles": tiles, "max_new_tokens": 9}]
+    engine.forget()
+    want = alone(engine, asked)
+    with Engine(model, **HOW) as other:
+        assert other.load_prefix(path) == 56
+        handle = other.submit(**asked[0])
+        assert [(token.id, token.logprob) for token in handle.result()] == want[0] and handle.cached_tokens == 56
+        seen = other.submit(**{**asked[0], "tiles": 255 - tiles})  # another picture is another prompt
+        seen.result()
+        assert seen.cached_tokens == 0
+        for size, says in ((100, "no prefix, or a damaged one"), (-1, "is damaged: its numbers are not")):
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            (tmp_path / "bad").write_bytes(content[:size] if size > 0 else content)
+            with pytest.raises(ValueError, match=says):
+                other.load_prefix(tmp_path / "bad")
+        with pytest.raises(FileNotFoundError, match="there is no prefix"):
+            other.load_prefix(tmp_path / "none")
+        with pytest.raises(ValueError, match="the prompt has 3 tokens, and prefixes are kept in whole pieces of 8"):
+            other.save_prefix([1, 2, 3], tmp_path / "short")
+    changed = Llama4(CONFIG, seed=2).unscanned()
+    for of, how, says in [
+        (changed, HOW, "is of another model, other weights or another kind of cache"),
+        (model, {**HOW, "cache": "int8"}, "is of another model, other weights or another kind of cache"),
+        (model, {**HOW, "context": 64}, r"block0.* this engine's cache has float32 \[1, 2, 64, 8\]"),
+        (model, {**HOW, "host_prefix_bytes": 1000}, "needs .* bytes, and host_prefix_bytes is 1,000"),
+    ]:
+        core = Engine.__new__(Engine)  # nothing is computed, so nothing need be compiled
+        core._core = EngineCore(of, **{name: value for name, value in how.items()})
+        with pytest.raises(ValueError, match=says):
+            core.load_prefix(path)
+
+
 def test_samples_of_one_prompt_read_it_once(engine):
     prompt = np.random.default_rng(12).integers(0, 49, 61).tolist()
     asked = [{"prompt": prompt, "max_new_tokens": 5, "temperature": 1.0, "seed": seed} for seed in range(3)]
@@ -210,6 +254,20 @@ def test_a_prompt_is_scored(engine, model):
     assert [score.top[0][0] for score in scores] == jnp.argmax(want, axis=-1).tolist() and len(scores[0].top) == 3
     more = engine.submit(prompt, max_new_tokens=3, prompt_scores=True)
     assert len(more.result()) == 3 and len(more.prompt_scores) == 37
+
+
+def test_a_mesh_changes_nothing():
+    talks = conversations(4, 2, seed=14)
+    asked = [{**talk[turn], "temperature": 0.0} for turn in range(2) for talk in talks]
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    plain, split = (Llama4(dataclasses.replace(CONFIG, num_experts=4), seed=1).unscanned() for _ in range(2))
+    for _, variable in nnx.to_flat_state(nnx.state(split)):
+        value = variable[...]
+        variable.set_value(jax.device_put(value, parameter_sharding(value.shape, variable.axes, mesh, rules=SERVING)))
+    with Engine(plain, **HOW) as one, Engine(split, **{**HOW, "slots": 2}) as many:
+        want = [[id for id, _ in got] for got in answers(one, asked)]
+        got = [[token.id for token in many.submit(**request).result()] for request in asked]
+        assert got == want and many.stats.found["snapshot"] > 0
 
 
 class Even:
