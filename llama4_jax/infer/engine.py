@@ -36,8 +36,9 @@ class Engine:
       alike need not be read again: snapshots on the devices and, when these are full, in the host's memory
     - report: is told how many programs of how many are compiled
 
-    Compiles all that it needs before it returns. On a mesh when the model's parameters are on one. Raises ValueError
-    for arguments out of range.
+    Compiles all that it needs before it returns. On a mesh when the model's parameters are on one. In several processes
+    all of them make the engine and close it; the first takes the requests, and the others' `close` waits until it ends.
+    Raises ValueError for arguments out of range.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Engine:
         self._core = EngineCore(
             model, slots=slots, context=context, cache=cache, max_waiting=max_waiting, piece=piece,
             read_budget=read_budget, device_prefix_bytes=device_prefix_bytes, host_prefix_bytes=host_prefix_bytes,
+            told_by_the_first=True,
         )  # fmt: skip
         with self._core.placed():
             self._core.compile(report)

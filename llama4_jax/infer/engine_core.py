@@ -33,6 +33,7 @@ from llama4_jax.infer import engine_programs as programs
 from llama4_jax.infer.checks import CACHES, Tiles, check_cache, check_images, check_prompt
 from llama4_jax.infer.engine_programs import TOKENS_PER_CALL, Pieces
 from llama4_jax.infer.logits_processor import LogitsProcessor, empty_past
+from llama4_jax.infer.messages_to_all import MessagesToAll, as_array
 from llama4_jax.infer.prefix import Held, common_length, keys_of, usable
 from llama4_jax.infer.rows import BIASES, NOTHING, STOPS, TOPS, Choice, Settings, settings_of, stacked
 from llama4_jax.infer.sampling import check_sampling, check_whole
@@ -96,6 +97,7 @@ class Handle:
         self._sampled: list[Sampled] = []
         self._changed = threading.Condition()
         self._listeners: list[Callable[[Handle, list[Sampled]], None]] = []
+        self._asked: Mapping[str, Any] = {}
         self._constraint: Constraint | None = None
         self._stops: frozenset[int] = frozenset()
         self._tops = 0
@@ -192,6 +194,7 @@ class EngineCore:
     - most_stops: stop ids of a request, at most
     - logits_processor: of `generate`; needs `together`
     - device_prefix_bytes, host_prefix_bytes: for snapshots of what slots held; 0 and 0: there are none
+    - told_by_the_first: in several processes only the first takes requests. Otherwise all must submit the same
 
     Raises ValueError for arguments out of range. On a mesh when the model's parameters are on one, or under one.
     Programs are compiled when they are first needed, or by `compile`.
@@ -214,6 +217,7 @@ class EngineCore:
         logits_processor: LogitsProcessor | None = None,
         device_prefix_bytes: int = 0,
         host_prefix_bytes: int = 0,
+        told_by_the_first: bool = False,
     ):
         check_cache(cache)
         check_whole("slots", slots, 1)
@@ -237,7 +241,8 @@ class EngineCore:
         self._sizes = tuple(sorted({min(size, piece) for size in (*sizes, piece)}))
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._ids, self._open, self._closing = 0, 0, False
+        self._ids, self._open, self._closing, self._closed = 0, 0, False, False
+        self._to_all = MessagesToAll() if told_by_the_first and jax.process_count() > 1 else None
         self._died: BaseException | None = None
         self._handles: dict[int, Handle] = {}  # that are not done
         self._of_slot: list[Handle | None] = [None] * slots
@@ -316,13 +321,18 @@ class EngineCore:
                 f"fewer tokens."
             )
         (tiles,) = check_images(self.config.vision, [prompt], [tiles]) or (None,)
-        ids = np.asarray(prompt, np.int32)
-        settings = settings_of(
-            self.config.vocab_size, seed=seed, stream=stream, temperature=temperature, top_k=top_k, top_p=top_p,
-            frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias,
-            stop_ids=stop_ids, most_stops=self._most_stops, max_new_tokens=max_new_tokens,
-            wants_top=top_logprobs > 0, plain=self._plain,
-        )  # fmt: skip
+        if self._to_all is not None and not self._to_all.leads:
+            raise ValueError("the first process takes the requests for all: submit there.")
+        if self._to_all is not None and constraint is not None:
+            raise ValueError("constraint is not supported where the engine runs in several processes.")
+        asked = {
+            "prompt": np.asarray(prompt, np.int32), "tiles": tiles, "max_new_tokens": int(max_new_tokens),
+            "temperature": float(temperature), "top_p": float(top_p), "top_k": None if top_k is None else int(top_k),
+            "seed": int(seed), "stream": int(stream), "stop_ids": [*map(int, stop_ids)],
+            "frequency_penalty": float(frequency_penalty), "presence_penalty": float(presence_penalty),
+            "logit_bias": {int(token): float(value) for token, value in logit_bias.items()},
+            "top_logprobs": int(top_logprobs), "prompt_scores": bool(prompt_scores),
+        }  # fmt: skip
         with self._lock:
             if self._died is not None:
                 raise EngineDied("the engine has died.") from self._died
@@ -331,13 +341,24 @@ class EngineCore:
             if self._open >= self._limits.slots + self._limits.waiting:
                 raise Full(f"{self._limits.slots} requests run and {self._limits.waiting} wait, which is all that may.")
             self._open += 1
-            handle = Handle(self, self._ids, ids, settings)
+            handle = self._handle(self._ids, asked)
             self._ids += 1
-        handle._constraint, handle._stops, handle._tops = constraint, frozenset(map(int, stop_ids)), int(top_logprobs)
-        handle._wants_scores, handle._tiles, handle._most = prompt_scores, tiles, int(max_new_tokens)
+        handle._constraint = constraint
+        self._inbox.put(("submit", handle))
+        return handle
+
+    def _handle(self, id: int, asked: Mapping[str, Any]) -> "Handle":
+        """Of arguments that were checked."""
+        said = dict(asked)
+        ids, tiles, scores, tops = (said.pop(name) for name in ("prompt", "tiles", "prompt_scores", "top_logprobs"))
+        settings = settings_of(
+            self.config.vocab_size, **said, most_stops=self._most_stops, wants_top=tops > 0, plain=self._plain
+        )
+        handle = Handle(self, id, ids, settings)
+        handle._asked, handle._stops, handle._tops = asked, frozenset(said["stop_ids"]), tops
+        handle._wants_scores, handle._tiles, handle._most = scores, tiles, said["max_new_tokens"]
         patch_id = None if self.config.vision is None else self.config.vision.patch_token_id
         handle._keys = keys_of(ids, tiles, patch_id)
-        self._inbox.put(("submit", handle))
         return handle
 
     def _check_moved(self, stop_ids, frequency_penalty, presence_penalty, logit_bias) -> None:
@@ -378,7 +399,9 @@ class EngineCore:
         self._inbox.put(("forget", None))
 
     def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
-        """What a function returns or raises that is called between two turns."""
+        """What a function returns or raises that is called between two turns. In one process alone."""
+        if self._to_all is not None:
+            raise ValueError("prefixes are saved and loaded where the engine runs in one process.")
         future: concurrent.futures.Future = concurrent.futures.Future()
 
         def run() -> None:
@@ -407,6 +430,9 @@ class EngineCore:
         for handle in handles:
             with contextlib.suppress(Exception):
                 handle._deliver([], error=error)
+        if self._to_all is not None and self._to_all.leads:
+            with contextlib.suppress(Exception):
+                self._to_all.send(None)
 
     # ---- what one thread calls
 
@@ -418,10 +444,10 @@ class EngineCore:
         """Takes what came, plans, starts the planned calls, and reads what earlier ones gave. False when there is
         nothing to do; with `wait`, then waits for something, and says False when it was closed."""
         busy = bool(self._pending or self._gone or self._schedule.running or self._schedule.waiting)
-        closing = self._closing
-        events = self._events(wait=wait and not (busy or closing))
-        if not events and not busy and (closing or not wait):
+        messages = self._messages(wait=wait and not (busy or self._closed))
+        if messages is None or not (messages or busy):
             return False
+        events = self._events(messages)
         self._schedule, plan = step(self._limits, self._schedule, events, self._place)
         if self._schedule.waiting and not self._schedule.running:  # none of which fits the cache
             most = max(request.length + request.new for request in self._schedule.waiting)
@@ -446,12 +472,33 @@ class EngineCore:
                     held.at_end.to_host()
         return True
 
-    def _events(self, *, wait: bool) -> list[Arrived | Gone]:
-        """What happened since, in its order; waits for something to happen."""
-        events: list[Arrived | Gone] = self._take_gone()
+    def _messages(self, *, wait: bool) -> list[tuple[str, Any]] | None:
+        """What was said since, in its order; waits for something to be said. None: nothing more will be."""
+        if self._to_all is not None and not self._to_all.leads:
+            said = self._to_all.receive()
+            return None if said is None else [self._as_message(*one) for one in said]
+        messages = []
         while wait or not self._inbox.empty():
-            kind, handle = self._inbox.get()
+            messages.append(self._inbox.get())
             wait = False
+        if self._to_all is not None:
+            busy = bool(messages or self._pending or self._gone or self._schedule.running or self._schedule.waiting)
+            said = [(kind, handle and handle.id, handle and handle._asked) for kind, handle in messages]
+            self._to_all.send(said if busy else None)
+        return messages
+
+    def _as_message(self, kind: str, id: int | None, asked: Mapping[str, Any] | None) -> tuple[str, Any]:
+        """As the first process has it."""
+        if kind == "submit":
+            arrays = {name: as_array(asked[name]) for name in ("prompt", "tiles")}
+            self._open += 1
+            self._handles[id] = self._handle(id, {**asked, **arrays})
+        return kind, None if id is None else self._handles.get(id)
+
+    def _events(self, messages: Sequence[tuple[str, Any]]) -> list[Arrived | Gone]:
+        """What happened since, in its order."""
+        events: list[Arrived | Gone] = self._take_gone()
+        for kind, handle in messages:
             if kind == "submit":
                 self._handles[handle.id] = handle
                 self.stats.requests += 1
@@ -461,7 +508,9 @@ class EngineCore:
                 self._snapshots.clear()
             elif kind == "call":
                 handle()
-            elif kind == "cancel" and not handle.done:
+            elif kind == "close":
+                self._closed = True
+            elif kind == "cancel" and handle is not None and not handle.done:
                 self._finish(handle, [], "cancelled")
                 events += self._take_gone()
         return events

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import several_processes
 from micro_run import disturb, end, figures, last_step, metrics
 from several_processes import EVERY, STEPS, end_all, new_place, run_all, start_all
 
@@ -98,7 +99,7 @@ def test_four_processes_go_on_from_a_checkpoint_of_one_stop_together_and_one_goe
 
 
 def test_a_checkpoint_is_the_same_whichever_number_of_processes_wrote_it(alone, folder):
-    script, source = str(Path(__file__).with_name("several_processes.py")), alone
+    script, source = str(Path(several_processes.__file__)), alone
     for count in (4, 2):
         target = folder / f"copied_by_{count}"
         target.mkdir()
