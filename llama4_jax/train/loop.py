@@ -45,7 +45,15 @@ from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.rows import Rows
 from llama4_jax.train.stage import Stage
-from llama4_jax.train.step import Step, StepMetrics, Trainer, TrainState, batch_shardings, make_trainer
+from llama4_jax.train.step import (
+    Step,
+    StepMetrics,
+    Trainer,
+    TrainState,
+    batch_shardings,
+    make_trainer,
+    model_of,
+)
 from llama4_jax.train.stop import Stop, stop_signals
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
 from llama4_jax.weights.load import initial_weights
@@ -453,12 +461,12 @@ def make_evaluation(trainer: Trainer, rows: Rows) -> Callable[[TrainState, Itera
     """Compiled once for a run."""
 
     @jax.jit
-    def sums(params: nnx.State, bias: nnx.State, batch: Batch):
-        model = nnx.merge(trainer.graphdef, params, bias)
+    def sums(params: nnx.State, fixed: nnx.State, bias: nnx.State, batch: Batch):
+        model = nnx.merge(trainer.graphdef, params, fixed, bias)
         hidden, _ = model.hidden(
             batch.tokens, images=batch.images, positions=batch.positions, segment_ids=batch.segment_ids
         )
-        scores = token_scores(hidden, model.lm_head.kernel[...], batch.targets)
+        scores = token_scores(hidden, model.head(), batch.targets)
         counts = batch.weights > 0
 
         def documents_with(tokens):  # [B, T + 1]: document 0 is padding
@@ -472,7 +480,7 @@ def make_evaluation(trainer: Trainer, rows: Rows) -> Callable[[TrainState, Itera
     def evaluate(state: TrainState, heldout: Iterable[Batch]) -> Heldout:
         nats, length, exact, replies = 0.0, 0, 0, 0
         for batch in heldout:
-            found = jax.device_get(sums(state.params, state.bias, rows.on_devices(batch)))
+            found = jax.device_get(sums(state.params, state.fixed, state.bias, rows.on_devices(batch)))
             nats, length = nats + float(found[0]), length + int(found[1])
             exact, replies = exact + int(found[2]), replies + int(found[3])
         return Heldout(nats / math.log(2) / length if length else None, exact, replies)
@@ -559,7 +567,7 @@ def show_sample(
     config: RunConfig, trainer: Trainer, state: TrainState, tokenizer: Tokenizer, run: epath.Path, log: Log
 ) -> None:
     """Something that the trained model writes, and the command for more."""
-    model = nnx.merge(trainer.graphdef, state.params, state.bias)
+    model = model_of(trainer.graphdef, state)
     prompt = tokenizer.encode(config.sample_prompt, bos=True)
     room = config.model.context_length - len(prompt)
     (tokens,) = generate(
