@@ -380,9 +380,13 @@ class LoraConfig:
         if not (isinstance(self.dropout, Real) and 0 <= self.dropout < 1):
             raise ValueError(f"lora.dropout must be in [0, 1), got {shown(self.dropout)}.")
         if self.rank and not self.targets:
-            raise ValueError('lora.targets is empty: name the layers that get adapters, such as "layers.*.attention.*".')
+            raise ValueError(
+                'lora.targets is empty: name the layers that get adapters, such as "layers.*.attention.*".'
+            )
         if not self.rank and any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
-            raise ValueError("lora.rank is 0, which is no adapters, but other fields of lora are set: give --lora.rank.")
+            raise ValueError(
+                "lora.rank is 0, which is no adapters, but other fields of lora are set: give --lora.rank."
+            )
 
     @property
     def scale(self) -> float:

@@ -16,13 +16,14 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.lora import Factor, Noise, adapted, new_noise
 from llama4_jax.model.moe import BalanceBias
-from llama4_jax.model.quantized import quantized
-from llama4_jax.ops.quantization import Scheme
+from llama4_jax.model.quantized import matrices, quantized
 from llama4_jax.sharding import activation_sharding, parameter_sharding
 from llama4_jax.train.balance import BalanceMetrics, balance_loss, balance_metrics, moved_bias
 from llama4_jax.train.freeze import changes, frozen_at, restored, without_gradient
 from llama4_jax.train.optimizer import at_step, learning_rate, make_optimizer
 from llama4_jax.train.stage import Loss, LossOutput
+from llama4_jax.weights.load import QuantizedMatrices
+from llama4_jax.weights.table import SCALE
 
 
 class TrainState(NamedTuple):
@@ -48,22 +49,23 @@ class StepMetrics(NamedTuple):
     balance: BalanceMetrics | None
 
 
-Schemes = Callable[[str], Scheme | None]  # of each matrix, by its name; None: it is not quantized
-
-
 def make_model(
-    config: RunConfig, seed: int | Array, schemes: Schemes | None = None, *, dropout: bool = False
+    config: RunConfig, seed: int | Array, base: QuantizedMatrices | None = None, *, dropout: bool = False
 ) -> Llama4:
     """The model of a run.
 
-    - schemes: how the matrices of LoRA's base are quantized; None: they are not
+    - base: how the matrices of LoRA's base are quantized; None: they are not
     - dropout: with the noise of LoRA's dropout, which `new_noise` fills
     """
     model = Llama4(
         config.model, precision=config.precision, scan_layers=config.scan_layers, remat=config.remat, seed=seed
     )
-    if schemes is not None:
-        model = quantized(model, schemes, activations="float", keep_scanned=True)
+    if base is not None:
+        model = quantized(model, base.scheme, activations="float", keep_scanned=True)
+        for matrix in matrices(model):
+            scale = getattr(matrix.module, f"{matrix.attribute}{SCALE}")
+            if scale is not None:  # as precise as they are stored
+                scale.set_value(scale.get_value().astype(base.scale_dtype(matrix.name + SCALE)))
     return adapted(model, config.lora, seed=seed, dropout=dropout) if config.lora.rank else model
 
 
@@ -106,25 +108,25 @@ class Trainer(NamedTuple):
 
 
 def make_trainer(
-    config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss, schemes: Schemes | None = None
+    config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss, base: QuantizedMatrices | None = None
 ) -> Trainer:
     """Nothing is compiled or allocated yet; on an AbstractMesh nothing can be, and the run is only described.
 
-    - schemes: how the matrices of LoRA's base are quantized; None: they are not
+    - base: how the matrices of LoRA's base are quantized; None: they are not
 
     Raises ValueError if the mesh does not divide a parameter, for a config that freezes what is not there, and for
     LoRA's targets and rank as `adapted` does.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed, schemes)))
+    graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed, base)))
     training = _Structure(graphdef, nnx.State({}))
     if config.lora.dropout:
-        noisy = nnx.eval_shape(lambda: make_model(config, config.seed, schemes, dropout=True))
+        noisy = nnx.eval_shape(lambda: make_model(config, config.seed, base, dropout=True))
         noisy_graphdef, noise, _ = nnx.split(noisy, Noise, ...)
         training = _Structure(noisy_graphdef, noise)
 
     def init() -> TrainState:
-        return first_state(make_model(config, config.seed, schemes), optimizer)
+        return first_state(make_model(config, config.seed, base), optimizer)
 
     def init_learned() -> TrainState:
         return _without_base(init())
