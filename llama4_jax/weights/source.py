@@ -349,6 +349,11 @@ def source_format(path: AnyPath) -> SourceFormat:
     if (path / PARAMS).is_file():
         return "meta"
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path} holds adapters of PEFT, without the model that they belong on. Make a directory of ours of "
+                f"them: llama4 convert {path} DESTINATION --base MODEL."
+            )
         raise FileNotFoundError(
             f"{path} has neither config.json nor {PARAMS}: it is no Hugging Face or Meta directory, and no run."
         )
