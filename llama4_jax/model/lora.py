@@ -13,6 +13,7 @@ checkpoint would; of routed experts, whose halves are one matrix there, the firs
 whose logits are never whole in training, has its factors added to its kernel (`Llama4.head`), without dropout.
 """
 
+import functools
 import math
 import zlib
 
@@ -22,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llama4_jax.model.arguments import random_key
-from llama4_jax.model.config import LoraConfig, selects
+from llama4_jax.model.config import LoraConfig, ModelConfig, selects
 from llama4_jax.model.layers import Linear
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.model.moe import MoE
@@ -180,6 +181,13 @@ def _drawn(key: Array, names: list[str], a_shape, b_shape, inputs: int, is_stack
 
     a = jnp.stack([draw(name) for name in names]) if is_stacked else draw(names[0])
     return a, jnp.zeros((len(names), *b_shape) if is_stacked else b_shape, jnp.float32)
+
+
+@functools.cache
+def count_factors(config: ModelConfig, lora: LoraConfig) -> int:
+    """How many numbers learn. Raises ValueError as `adapted` does."""
+    model = nnx.eval_shape(lambda: adapted(Llama4(config), lora))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, Factor)))
 
 
 def new_noise(model: Llama4, key: Array) -> None:

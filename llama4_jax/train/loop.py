@@ -410,7 +410,11 @@ class CompiledStep:
             batch_shardings(mesh, images=data.tiles_per_row > 0),
         )
         with jax.set_mesh(mesh):  # of this thread
-            return jitted.lower(self._trainer.abstract, batch, None).compile()
+            compiled = jitted.lower(self._trainer.abstract, batch, None).compile()
+        # What is compiled ahead takes no int4 that was put on a CPU, since JAX names its layout otherwise. It is then
+        # called as usual, and taken from the cache of what was compiled.
+        has_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self._trainer.abstract))
+        return jitted if has_int4 else compiled
 
 
 @contextlib.contextmanager
@@ -445,7 +449,8 @@ class Rate:
     def __init__(self, config: RunConfig, peak: float | None):
         self._tokens_per_step = config.data.batch_size * config.data.seq_len
         tiles = config.data.batch_size * config.data.tiles_per_row * train_flops_per_tile(config.model)
-        tokens = self._tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
+        learn = not config.lora.rank
+        tokens = self._tokens_per_step * train_flops_per_token(config.model, config.data.seq_len, weights_learn=learn)
         self._flops_per_step = tokens + tiles
         self._peak = peak
         self.seconds_per_step: float | None = None
