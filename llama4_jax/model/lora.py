@@ -110,7 +110,9 @@ def adapted(model: Llama4, lora: LoraConfig, *, seed=0, dropout: bool = False) -
         chosen = [[pattern for pattern in lora.targets if selects(pattern, name)] for name in names]
         used.update(pattern for patterns in chosen for pattern in patterns)
         if len(set(map(bool, chosen))) > 1:
-            out, into = (next(n for n, c in zip(names, chosen, strict=True) if bool(c) is is_in) for is_in in (0, 1))
+            out, into = (
+                next(n for n, c in zip(names, chosen, strict=True) if bool(c) is is_in) for is_in in (False, True)
+            )
             raise ValueError(
                 f"lora.targets tell apart layers that are scanned together ({into} is one and {out} is none): set "
                 f"scan_layers to False, or write patterns that treat them alike."

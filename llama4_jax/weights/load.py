@@ -104,7 +104,11 @@ def initial_weights(path: epath.PathLike, config: ModelConfig, leaves: dict[str,
 
 
 def arrays_of(
-    weights: Weights, config: ModelConfig, leaves: dict[str, jax.Array], *, all_of_them: bool = False
+    weights: Weights,
+    config: ModelConfig,
+    leaves: dict[str, jax.Array | jax.ShapeDtypeStruct],
+    *,
+    all_of_them: bool = False,
 ) -> dict[str, jax.Array]:
     """`initial_weights` of weights that are open.
 
@@ -141,7 +145,7 @@ def arrays_of(
             + "\n  ".join(problems[:20])
         )
 
-    def filled(name: str, leaf: jax.Array) -> jax.Array:
+    def filled(name: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         own = parts[name]
         if any(ours in new for ours in own.values()):
             return leaf
