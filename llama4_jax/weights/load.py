@@ -294,7 +294,7 @@ def _load_adapted(run: AnyPath, lora: LoraConfig, precision: Precision, mesh: Me
         if wrong:
             raise ValueError(f"{run} does not hold the adapters of its config.json: {', '.join(wrong[:4])}.")
         parameters = Parameters(weights)
-        return lambda: {name: _put(parameters, name, jnp.float32, place) for name, place in places.items()}
+        return lambda: {name: _put(parameters, name, np.dtype(np.float32), place) for name, place in places.items()}
 
     values = _of_newest(run, begin)
     # Their variables are made empty: what is drawn for them is in no use.

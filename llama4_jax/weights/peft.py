@@ -60,12 +60,11 @@ class PeftConfig(msgspec.Struct):
 
     peft_type: str
     r: int = 8
-    lora_alpha: float = 8
+    lora_alpha: float | int = 8
     use_rslora: bool = False
-    lora_dropout: float = 0.0
     base_model_name_or_path: str | None = None
     rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    alpha_pattern: dict[str, float | int] | None = None
     bias: str = "none"
     use_dora: bool = False
     lora_bias: bool = False
@@ -264,7 +263,7 @@ def _read_config(source: Path) -> PeftConfig:
     return peft
 
 
-def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _of_pattern(patterns: Mapping[str, float | int] | None, module: str, default: float | int) -> float | int:
     """As PEFT has it: the first pattern that is a regular expression for the end of the module's name."""
     for pattern, value in (patterns or {}).items():
         if module == pattern or module.endswith(f".{pattern}"):

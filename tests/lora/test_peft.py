@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import llama4_jax
 from llama4_jax import cli
+from llama4_jax.config import converted_to_json
 from llama4_jax.model.lora import adapted
+from llama4_jax.weights.adapters import base_of, write_base
+from llama4_jax.weights.checkpoint import Checkpoints
 from llama4_jax.weights.convert import convert, export
+from llama4_jax.weights.load import named_variables
 from llama4_jax.weights.source import open_weights
 
 TOKENS = np.random.default_rng(0).integers(0, 320, (2, 24))
@@ -153,11 +158,6 @@ def test_adapters_that_are_no_plain_lora_or_damaged_are_refused(place, tmp_path)
 
 def test_every_kind_of_layer_goes_to_peft(place, tmp_path):
     """The router and the output head, too, which PEFT adapts as a parameter and as a module."""
-    from llama4_jax.config import converted_to_json
-    from llama4_jax.weights.adapters import base_of, write_base
-    from llama4_jax.weights.checkpoint import Checkpoints
-    from llama4_jax.weights.load import named_variables
-
     model = adapted(new_model(), EVERYTHING)
     random_factors(model)
     factors = {name: v[...] for name, v in named_variables(model).items() if "lora" in name}
@@ -166,7 +166,12 @@ def test_every_kind_of_layer_goes_to_peft(place, tmp_path):
     (run / "config.json").write_text(converted_to_json(MODEL, {}, lora=EVERYTHING))
     write_base(run, base_of(place / "base", open_weights(place / "base")))
     checkpoints = Checkpoints(run)
-    checkpoints.save(1, {f"params.{n.replace('layers.', 'decoder.rest.')}": x for n, x in factors.items()}, {}, {})
+    checkpoints.save(
+        1,
+        {f"params.{n.replace('layers.', 'decoder.rest.')}": x for n, x in factors.items()},
+        {"step": jnp.zeros(())},
+        {},
+    )
     checkpoints.close()
     export(run, tmp_path / "peft", format="peft")
     with torch.no_grad():
