@@ -3,9 +3,10 @@
     python benchmarks/lora.py                       # the model of configs/tiny.py, its batch, rank 8
     python benchmarks/lora.py --rounds 5 --steps 6 --quantized int4
 
-Prints for each contender the median seconds of a step over the rounds, with the least and the greatest, and two measures
-of memory: what the state takes (parameters, moments), and what the compiled step needs beside it, as XLA says. Ratios
-are of the medians. Machines that do other work beside it are noisy: look at the range.
+Prints for each contender the median seconds of a step over the rounds, with the least and the greatest, and memory:
+parameters, moments and gradients, which LoRA makes small; and all that the compiled step takes, as XLA says, with the
+activations, which it does not. Ratios are to training all parameters, of the medians. Machines that do other work beside
+it are noisy: look at the range.
 """
 
 import argparse
@@ -20,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def measure(name: str, steps: int, rank: int, weights: str | None) -> dict[str, float]:
-    """Seconds of each step, and bytes, of one contender."""
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step, and bytes, of one contender."""
     import time
 
     import jax
@@ -37,11 +38,11 @@ def measure(name: str, steps: int, rank: int, weights: str | None) -> dict[str, 
     from llama4_jax.train.step import make_trainer
     from llama4_jax.weights.load import QuantizedMatrices
 
-    config, base = load_config("tiny"), None
+    config, base = dataclasses.replace(load_config("tiny"), remat=options.remat), None
     if name != "full":
-        config = dataclasses.replace(config, lora=LoraConfig(rank=rank))
+        config = dataclasses.replace(config, lora=LoraConfig(rank=options.rank))
     if name == "lora on few bits":
-        scheme = Scheme(weights, 32 if weights == "int4" else None)
+        scheme = Scheme(options.quantized, 32 if options.quantized == "int4" else None)
         of_scale = scale_of(np.ones(1, np.float32), scheme).dtype
         base = QuantizedMatrices(lambda n: scheme if is_of_decoder(n) else None, lambda n: of_scale)
     trainer = make_trainer(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), next_token, base)
@@ -51,15 +52,17 @@ def measure(name: str, steps: int, rank: int, weights: str | None) -> dict[str, 
     batch = Batch(tokens, np.roll(tokens, -1, 1), places, ones, ones.astype(np.float32), ones)
     with jax.set_mesh(trainer.mesh):
         state = trainer.init()
-        of_state = sum(x.nbytes if x.dtype.itemsize else 0 for x in jax.tree.leaves(state))
+        of_state = sum(x.nbytes for x in jax.tree.leaves(state))
+        gradients = sum(4 * x.size for x in jax.tree.leaves(state.params))
         compiled = trainer.step.lower(trainer.abstract, batch, None).compile().memory_analysis()
         times = []
-        for _ in range(steps + 1):
+        for _ in range(options.steps + 1):
             start = time.perf_counter()
             state, metrics = trainer.step(state, batch, None)
             jax.block_until_ready((state, metrics))
             times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times[1:]), "state": of_state, "beside": compiled.temp_size_in_bytes}
+    whole = of_state + compiled.temp_size_in_bytes  # gradients are among what is temporary
+    return {"seconds": statistics.median(times[1:]), "state": of_state + gradients, "whole": whole}
 
 
 def main() -> None:
@@ -68,31 +71,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="in each round, after one that is not counted")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--quantized", choices=["int4", "int8", "fp8"], help="also LoRA beside a base of few bits")
+    parser.add_argument("--remat", default="none", help="of the backward pass, as in a run")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.steps, options.rank, options.quantized)))
+        print(json.dumps(measure(options.one, options)))
         return
     names = ["full", "lora", *(["lora on few bits"] if options.quantized else [])]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    more = ["--quantized", options.quantized] if options.quantized else []
+    more = ["--rank", str(options.rank), "--remat", options.remat]
+    more += ["--quantized", options.quantized] if options.quantized else []
     for _ in range(options.rounds):
         for name in names:
             command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
-            run = subprocess.run([*command, "--rank", str(options.rank), *more], capture_output=True, text=True)
+            run = subprocess.run([*command, *more], capture_output=True, text=True)
             if run.returncode:
                 raise SystemExit(run.stderr)
             found[name].append(json.loads(run.stdout.splitlines()[-1]))
-    full = found["full"][0], statistics.median(one["seconds"] for one in found["full"])
-    print(f"{'':<18}{'s a step':>9}  {'range':<15}{'x faster':>9}{'state MiB':>11}{'beside MiB':>12}{'of full':>9}")
+    print(f"{'':<18}{'s a step':>9}  {'range':<15}{'x faster':>9}{'state MiB':>14}{'whole MiB':>14}")
+    full = found["full"]
     for name, rounds in found.items():
         seconds = sorted(one["seconds"] for one in rounds)
-        median, memory = statistics.median(seconds), rounds[0]["state"] + rounds[0]["beside"]
-        share = memory / (full[0]["state"] + full[0]["beside"])
-        print(
-            f"{name:<18}{median:>9.3f}  {f'{seconds[0]:.3f}-{seconds[-1]:.3f}':<15}{full[1] / median:>9.2f}"
-            f"{rounds[0]['state'] / 2**20:>11.1f}{rounds[0]['beside'] / 2**20:>12.1f}{share:>9.0%}"
-        )
+        median = statistics.median(seconds)
+        faster = statistics.median(one["seconds"] for one in full) / median
+        memory = [
+            f"{rounds[0][kind] / 2**20:.1f} {rounds[0][kind] / full[0][kind]:>4.0%}" for kind in ("state", "whole")
+        ]
+        spread = f"{seconds[0]:.3f}-{seconds[-1]:.3f}"
+        print(f"{name:<18}{median:>9.3f}  {spread:<15}{faster:>9.2f}{memory[0]:>14}{memory[1]:>14}")
 
 
 if __name__ == "__main__":
