@@ -16,13 +16,14 @@ from llama4_jax.data.batch import Batch
 from llama4_jax.data.config import DataConfig
 from llama4_jax.model.config import LoraConfig, Precision, VisionConfig
 from llama4_jax.model.lora import Factor, adapted
-from llama4_jax.model.quantized import quantized
+from llama4_jax.model.quantized import is_of_decoder, quantized
 from llama4_jax.ops.quantization import Quantized, Scheme, dequantize, quantize
 from llama4_jax.ops.quantized_matmul import quantized_dot, quantized_grouped_row_gradient
 from llama4_jax.sharding import MeshConfig, make_mesh
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.optimizer import OptimizerConfig
 from llama4_jax.train.step import make_trainer
+from llama4_jax.weights.load import QuantizedMatrices
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 320, (2, 24)), jnp.int32)
 
@@ -118,10 +119,9 @@ def test_the_gradient_of_a_quantized_product_is_that_of_the_dequantized_matrix(s
         ),
     ]  # fmt: skip
     ours, plain = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in pairs[0])
-    np.testing.assert_allclose(ours, plain, atol=5e-6)
+    np.testing.assert_allclose(ours, plain, atol=3e-6 * np.abs(plain).max())
     ours, plain = (f(x) for f in pairs[1])
-    np.testing.assert_allclose(ours, plain, atol=2e-5)
-    assert np.abs(plain).max() > 1
+    np.testing.assert_allclose(ours, plain, atol=3e-6 * np.abs(plain).max())
 
 
 def test_factors_beside_a_quantized_model_and_their_gradients_are_those_beside_the_dequantized_one():
@@ -168,9 +168,11 @@ def step_config(**fields) -> RunConfig:
 
 
 @functools.cache
-def losses(mesh: MeshConfig = MeshConfig(data=1), **fields) -> tuple[float, ...]:  # noqa: B008
+def losses(mesh: MeshConfig = MeshConfig(data=1), few_bits: bool = False, **fields) -> tuple[float, ...]:  # noqa: B008
     config = step_config(**fields)
-    trainer = make_trainer(config, make_mesh(mesh, jax.devices()[: mesh.named_size]), next_token)
+    base = QuantizedMatrices(lambda name: Scheme("int8", 8) if is_of_decoder(name) else None, lambda _: jnp.bfloat16)
+    made = make_mesh(mesh, jax.devices()[: mesh.named_size])
+    trainer = make_trainer(config, made, next_token, base if few_bits else None)
     draw = np.random.default_rng(0)
     with jax.set_mesh(trainer.mesh):
         state, found = trainer.init(), []
@@ -194,6 +196,13 @@ def test_accumulation_on_a_mesh_of_experts_tensors_and_fsdp_gives_the_same_losse
     np.testing.assert_allclose(losses(mesh, grad_accumulation=2), losses(), rtol=3e-6)
 
 
+def test_beside_a_base_of_few_bits_a_mesh_gives_the_same_losses():
+    mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+    one = losses(few_bits=True)
+    np.testing.assert_allclose(losses(mesh, few_bits=True), one, rtol=3e-6)
+    assert abs(one[0] - losses()[0]) > 1e-6, "the base was rounded"
+
+
 def test_dropout_is_new_in_every_step_and_the_same_however_layers_are_laid_out():
     lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
     dropped = losses(lora=lora)
@@ -206,7 +215,7 @@ def test_the_optimizer_keeps_moments_of_factors_alone():
     abstract = make_trainer(step_config(), make_mesh(MeshConfig(data=1), jax.devices()[:1]), next_token).abstract
     factors = sum(x.size for x in jax.tree.leaves(abstract.params))
     moments = sum(x.size for x in jax.tree.leaves(abstract.optimizer) if x.ndim)
-    assert moments == 2 * factors and factors * 10 < sum(x.size for x in jax.tree.leaves(abstract.fixed))
+    assert moments == 2 * factors > 0 and factors < sum(x.size for x in jax.tree.leaves(abstract.fixed)) / 4
 
 
 def test_pictures_reach_factors_of_the_vision_encoder_and_the_projector():
