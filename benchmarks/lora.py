@@ -5,8 +5,8 @@
 
 Prints for each contender the median seconds of a step over the rounds, with the least and the greatest, and memory:
 parameters, moments and gradients, which LoRA makes small; and all that the compiled step takes, as XLA says, with the
-activations, which it does not. Ratios are to training all parameters, of the medians. Machines that do other work beside
-it are noisy: look at the range.
+activations, which it does not. Ratios are to training all parameters, of the medians. Where a machine does other work
+beside it, look at the range.
 """
 
 import argparse
