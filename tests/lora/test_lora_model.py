@@ -187,10 +187,6 @@ def losses(mesh: MeshConfig = MeshConfig(data=1), few_bits: bool = False, **fiel
     return tuple(found)
 
 
-def test_layers_scanned_or_not_and_recomputed_give_the_same_losses():
-    np.testing.assert_allclose(losses(scan_layers=False, remat="full"), losses(), rtol=1e-6)
-
-
 def test_accumulation_on_a_mesh_of_experts_tensors_and_fsdp_gives_the_same_losses():
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
     np.testing.assert_allclose(losses(mesh, grad_accumulation=2), losses(), rtol=3e-6)
@@ -203,7 +199,7 @@ def test_beside_a_base_of_few_bits_a_mesh_gives_the_same_losses():
     assert abs(one[0] - losses()[0]) > 1e-6, "the base was rounded"
 
 
-def test_dropout_is_new_in_every_step_and_the_same_however_layers_are_laid_out():
+def test_dropout_is_new_in_every_step_and_the_same_where_layers_are_not_scanned_or_are_recomputed():
     lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
     dropped = losses(lora=lora)
     np.testing.assert_allclose(losses(lora=lora, scan_layers=False, remat="full"), dropped, rtol=1e-6)
