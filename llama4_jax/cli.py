@@ -5,7 +5,8 @@
     llama4 serve    runs/tiny  --port 8000                      # OpenAI's API, and a page to talk with
     llama4 inspect  path                                        # format, config, every tensor; --verify: damage
     llama4 convert  path/to/hf_or_meta_dir  runs/scout          # → Orbax; --dtype bfloat16, --verify
-    llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8
+    llama4 export   runs/scout  path/to/out  --format hf        # or meta; --shards 8; adapters alone: peft
+    llama4 merge    runs/my-lora  runs/merged                   # LoRA's adapters into the weights of their base
     llama4 quantize runs/scout  runs/scout-int4  --weights int4 # or int8, fp8; --group 32
     llama4 parity   path/to/hf_dir                              # against transformers, layer by layer
     llama4 diff     runs/scout  path/to/hf_dir                  # the weights alone: which tensors differ, and how
@@ -42,22 +43,33 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Make a directory of ours, with an Orbax checkpoint, of a Hugging Face or Meta directory."""
+    """Make a directory of ours, with an Orbax checkpoint, of a Hugging Face or Meta one, or of PEFT's adapters."""
 
     source: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
     dtype: Dtype | None = None  # of all tensors; None: as they are
     keep_quantized: bool = False  # values of 8 or 4 bits stay as they are, with their scales; else they become bfloat16
+    base: Path | None = None  # of PEFT's adapters: what they belong on, in any format; None: what they name
+    verify: bool = False  # read everything back and compare it bit for bit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Make a directory of ours of one with LoRA's adapters: its base, with the adapters in its weights."""
+
+    run: tyro.conf.Positional[Path]
+    destination: tyro.conf.Positional[Path]
+    dtype: Dtype | None = None  # of all tensors; None: as the base has them, and of quantized ones bfloat16
     verify: bool = False  # read everything back and compare it bit for bit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a directory of ours as a Hugging Face or Meta directory."""
+    """Write a directory of ours as a Hugging Face or Meta directory, with adapters merged; or its adapters for PEFT."""
 
     run: tyro.conf.Positional[Path]
     destination: tyro.conf.Positional[Path]
-    format: Literal["hf", "meta"]
+    format: Literal["hf", "meta", "peft"]
     shards: int | None = None  # files (Meta: one a model-parallel rank); None: of 5 GB (Meta: one)
     dtype: Dtype | None = None  # of all tensors; None: as they are
     verify: bool = False  # read everything back and compare it bit for bit
@@ -88,8 +100,8 @@ class Diff:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    commands = {"inspect": Inspect, "convert": Convert, "export": Export, "quantize": Quantize, "parity": ParityOptions,
-                "diff": Diff, "plan": PlanOptions, "serve": ServeOptions}  # fmt: skip
+    commands = {"inspect": Inspect, "convert": Convert, "export": Export, "merge": Merge, "quantize": Quantize,
+                "parity": ParityOptions, "diff": Diff, "plan": PlanOptions, "serve": ServeOptions}  # fmt: skip
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         from llama4_jax.train_cli import main as train
@@ -116,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(command: Inspect | Convert | Export | Quantize | ParityOptions | Diff | ServeOptions) -> int:
+def _run(command: Inspect | Convert | Merge | Export | Quantize | ParityOptions | Diff | ServeOptions) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant: no jax arrays, nothing to merge
@@ -139,10 +151,18 @@ def _run(command: Inspect | Convert | Export | Quantize | ParityOptions | Diff |
                     command.destination,
                     dtype=command.dtype,
                     keep_quantized=command.keep_quantized,
+                    base=command.base,
                     verify=command.verify,
                     report=progress.report,
                     say=_to_stderr,
                 )
+            progress.say(done, command.destination)
+        case Merge():
+            from llama4_jax.weights.convert import merge
+
+            with _Progress(f"{command.run} → {command.destination}") as progress:
+                how = {"dtype": command.dtype, "verify": command.verify}
+                done = merge(command.run, command.destination, **how, report=progress.report)
             progress.say(done, command.destination)
         case Export():
             from llama4_jax.weights.convert import export

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llama4_jax.data.config import DataConfig
-from llama4_jax.model.config import ModelConfig, Precision
+from llama4_jax.model.config import LoraConfig, ModelConfig, Precision
 from llama4_jax.sharding import MeshConfig
 from llama4_jax.train.balance import BalanceConfig
 from llama4_jax.train.freeze import FreezeConfig
@@ -29,6 +29,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     freeze: tuple[FreezeConfig, ...] = ()  # parameters that do not learn, always or at first
+    lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank adapters learn, beside the weights of init_from
     precision: Precision = field(default_factory=Precision)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -78,6 +79,11 @@ class RunConfig:
                 f"data.tiles_per_row is {self.data.tiles_per_row}, but the model reads text alone: set model.vision, "
                 f"or data.tiles_per_row to 0."
             )
+        if self.balance.bias_rate and self.lora.rank:
+            raise ValueError(
+                f"balance.bias_rate is {self.balance.bias_rate}, but with lora.rank the biases are the base's and stay "
+                f"as they are: set balance.bias_rate to 0."
+            )
         if self.balance.bias_rate and not self.model.router_bias:
             raise ValueError(
                 f"balance.bias_rate is {self.balance.bias_rate}, but the model has no bias to move: set "
@@ -108,7 +114,10 @@ FREE = (
 )  # fmt: skip
 
 # Fields that config.json had not from the beginning, with what was so before. Other missing ones are an error.
-ADDED_LATER: dict[str, Any] = {"data.heldout_sources": []}
+ADDED_LATER: dict[str, Any] = {
+    "data.heldout_sources": [],
+    "lora": {"rank": 0, "alpha": 32.0, "rslora": False, "dropout": 0.0, "targets": ["layers.*"]},
+}
 
 
 def to_json(config: RunConfig) -> str:
@@ -127,22 +136,29 @@ class SavedModel:
 
     - scan_layers: whether its checkpoints stack the layers that repeat
     - provenance: where each field of the model's config comes from; None in a run of `train.py`
+    - lora: the adapters that it holds in place of the model's weights, which its base has; None: it holds the model
     """
 
     model: ModelConfig
     scan_layers: bool
     provenance: dict[str, str] | None = None
+    lora: LoraConfig | None = None
 
 
 def converted_to_json(
-    model: ModelConfig, provenance: dict[str, str], quantization: dict[str, str | int | None] | None = None
+    model: ModelConfig,
+    provenance: dict[str, str],
+    quantization: dict[str, str | int | None] | None = None,
+    lora: LoraConfig | None = None,
 ) -> str:
     """The config.json of a directory that was converted from another format: a model, and no run.
 
     - quantization: of its weights: "weights", the scheme, and "group", how many inputs share a scale (None: all)
+    - lora: the adapters that the directory holds in place of weights
     """
     tree = {"model": dataclasses.asdict(model), "provenance": provenance}
-    return json.dumps(tree if quantization is None else tree | {"quantization": quantization}, indent=1)
+    tree |= {} if quantization is None else {"quantization": quantization}
+    return json.dumps(tree | ({} if lora is None else {"lora": dataclasses.asdict(lora)}), indent=1)
 
 
 def model_from_json(text: bytes | str, where: str = "config.json") -> SavedModel:
@@ -150,9 +166,10 @@ def model_from_json(text: bytes | str, where: str = "config.json") -> SavedModel
     tree = parse_json(text, where=where)
     if not (isinstance(tree, dict) and "provenance" in tree):
         run = _read(RunConfig, tree, "", where)
-        return SavedModel(run.model, run.scan_layers)
+        return SavedModel(run.model, run.scan_layers, lora=run.lora if run.lora.rank else None)
     provenance = typed(tree["provenance"], dict[str, str], where=f"{where}: provenance")
-    return SavedModel(_read(ModelConfig, tree.get("model"), "model", where), False, provenance)
+    lora = _read(LoraConfig, tree["lora"], "lora", where) if "lora" in tree else None
+    return SavedModel(_read(ModelConfig, tree.get("model"), "model", where), False, provenance, lora)
 
 
 def differences(saved: RunConfig, new: RunConfig) -> list[str]:

@@ -22,6 +22,8 @@ from llama4_jax.model.flops import (
     mean_visible_keys,
     train_flops_per_token,
 )
+from llama4_jax.model.lora import count_factors
+from llama4_jax.ops.cross_entropy import PIECE_TOKENS_ELSEWHERE
 from llama4_jax.ops.exchange import ROOM
 from llama4_jax.ops.quantization import Scheme, num_groups
 from llama4_jax.sharding import MeshConfig
@@ -41,7 +43,7 @@ class Work:
     step: Literal["train", "prefill", "decode"]
     rows: int
     context: int
-    weights: Scheme | None = None  # of the decoder's matrices, in serving; None: all parameters are alike
+    weights: Scheme | None = None  # of the decoder's matrices, in serving or of LoRA's base; None: all are alike
     cache: Literal["int8"] | None = None  # None: of the dtype of computation
 
     @property
@@ -54,7 +56,8 @@ class Work:
         """Of all devices together."""
         model = self.config.model
         if self.step == "train":
-            return self.rows * self.context * train_flops_per_token(model, self.context)
+            learn = not self.config.lora.rank
+            return self.rows * self.context * train_flops_per_token(model, self.context, weights_learn=learn)
         return self.rows * forward_flops(model, first=self.context - self.tokens, last=self.context, logits=1)
 
     @property
@@ -192,7 +195,7 @@ def _executed(work: Work) -> float:
     if work.step != "train" or work.config.remat == "none":
         return 1.0
     if work.config.remat != "dots":
-        return 4 / 3
+        return 3 / 2 if work.config.lora.rank else 4 / 3
     model = work.config.model
     keys = sum(mean_visible_keys(spec, work.context) for spec in model.layers)
     scores = 4 * model.num_heads * model.head_dim * keys * work.rows * work.context
@@ -231,6 +234,13 @@ def in_fp8(work: Work) -> bool:
 
 def precision_notes(work: Work, chip: Chip) -> tuple[str, ...]:
     """What is to be said of the number formats on this chip."""
+    if work.config.lora.rank:
+        factors = count_factors(work.config.model, work.config.lora)
+        of_base = f"in {work.weights.weights}" if work.weights else f"in {work.config.precision.params}"
+        return (
+            f"{factors / 1e6:,.1f} M of adapters learn, beside a base {of_base} that has neither gradients nor moments",
+            "what a LoRA step sends is counted as if all parameters learned",
+        )
     if work.weights is not None:
         whole = sum(_weights(work, MeshConfig(data=1)).values()) / 1e9
         inputs = "all" if work.weights.group is None else work.weights.group
@@ -275,6 +285,17 @@ def _memory(work: Work, mesh: MeshConfig) -> tuple[dict[str, float], float]:
     gathered = (parts[0] + parts[1]) / mesh.tensor + parts[2] / (mesh.expert * mesh.tensor)
     ends = model.vocab_size * model.embed_dim / mesh.tensor
     width = 4 * (1 + model.top_k) * model.expert_mlp_dim / mesh.tensor + 8 * model.embed_dim
+    if config.lora.rank:
+        factors = count_factors(model, config.lora) / split
+        widths = [model.expert_mlp_dim if spec.moe else model.mlp_dim for spec in model.layers]
+        whole = 2 * model.embed_dim * max(widths) / mesh.tensor
+        temporaries = factors * 4 + tokens * (_kept(config, mesh) + width) * compute
+        # A matrix at a time is dequantized, or a layer is gathered; of the head a piece's logits, and no gradient.
+        temporaries += (whole if split == 1 else gathered) * compute
+        temporaries += min(tokens, PIECE_TOKENS_ELSEWHERE) * model.vocab_size / mesh.tensor * (4 + 4 + compute)
+        base = sum(_weights(work, MeshConfig(data=1)).values()) / split
+        of_base = f"base, {'mostly ' + work.weights.weights if work.weights else config.precision.params}"
+        return {of_base: base, "adapters": factors * 4, "optimizer": factors * 8, "batch": tokens * 24}, temporaries
     temporaries = held * size  # gradients
     temporaries += tokens * (_kept(config, mesh) + width) * compute
     temporaries += max(3 * gathered * compute, ends * (compute + 4))

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from flax import nnx
 
@@ -39,9 +40,9 @@ from llama4_jax.mesh_search import (
 from llama4_jax.model.cache import cache_axes
 from llama4_jax.model.config import Precision
 from llama4_jax.model.presets import PRESETS, preset
-from llama4_jax.model.quantized import quantized
+from llama4_jax.model.quantized import is_of_decoder, quantized
 from llama4_jax.ops.attention import HELD_SCOPE, block_of_slots
-from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
+from llama4_jax.ops.quantization import Scheme, is_quantized_dtype, scale_of
 from llama4_jax.ops.row_blocks import heights_for
 from llama4_jax.ops.splash_attention import BLOCK_K
 from llama4_jax.plan_options import PlanOptions
@@ -61,6 +62,7 @@ from llama4_jax.sharding.hlo import Array
 from llama4_jax.sharding.plan import Plan, device_bytes, make_plan, topology_devices
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.step import batch_shardings, make_model, make_trainer
+from llama4_jax.weights.load import QuantizedMatrices
 
 _COMPILED_IN_A_SEARCH = 4
 _ROWS, _CONTEXT = 64, 8192  # of a model without a config
@@ -119,6 +121,8 @@ def work_of(options: PlanOptions, rest: list[str]) -> Work:
             base = load_config(options.name)
         except ValueError as error:
             raise ValueError(f"{error} Models: {', '.join(PRESETS)}.") from error
+    if options.step != "train" and base.lora.rank:
+        raise ValueError(f"{options.name} trains adapters: to plan serving, name the model that they belong on.")
     if options.step != "train":
         base = dataclasses.replace(base, precision=Precision(params="bfloat16", compute="bfloat16"))
     config = tyro.cli(
@@ -141,7 +145,7 @@ def work_of(options: PlanOptions, rest: list[str]) -> Work:
     if options.step == "train":
         data = dataclasses.replace(config.data, batch_size=rows, seq_len=context)
         config = dataclasses.replace(config, data=data)
-    return Work(config, options.step, rows, context, _scheme(options), options.cache)
+    return Work(config, options.step, rows, context, _scheme(options, config.lora.rank > 0), options.cache)
 
 
 def _check_slots(options: PlanOptions) -> None:
@@ -156,9 +160,9 @@ def _check_slots(options: PlanOptions) -> None:
         raise ValueError(f"--batch {options.batch} and --slots {options.slots} both say how many rows: give one.")
 
 
-def _scheme(options: PlanOptions) -> Scheme | None:
-    """How the weights are quantized. Raises ValueError for a group without weights, and for a step that trains."""
-    for name in ("weights", "cache"):
+def _scheme(options: PlanOptions, of_lora: bool) -> Scheme | None:
+    """How the weights are quantized. Raises ValueError for a group without weights, and for weights that learn."""
+    for name in ("cache",) if of_lora else ("weights", "cache"):
         if options.step == "train" and (value := getattr(options, name)) is not None:
             raise ValueError(
                 f"--{name} {value} is for serving: add --step prefill or --step decode. Training in few bits is "
@@ -220,7 +224,7 @@ def plan_step(work: Work, mesh_config: MeshConfig, where: Topology) -> Plan:
         takes_cheapest=_is_of_experts,
         steps=programs.TOKENS_PER_CALL if work.step == "decode" else 1,
         tokens=float(work.rows * work.tokens),
-        by_hand=_by_hand(work, mesh_config, where) if work.step == "train" else None,
+        by_hand=_by_hand(work, mesh_config, where) if work.step == "train" and not work.config.lora.rank else None,
         notes=[*notes, *_NOTES, *precision_notes(work, where.chip)],
     )  # fmt: skip
 
@@ -335,12 +339,12 @@ def _listed(found: list[MeshConfig]) -> str:
 
 def _train(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dict[str, Any], list[str]]:
     config = work.config
-    trainer = make_trainer(config, mesh, next_token)
+    trainer = make_trainer(config, mesh, next_token, _base(work.weights))
     batch = _abstract_batch(config, mesh)
     state = trainer.abstract
     small = (state.step, state.skipped, state.bad_steps)
-    arguments = {"parameters": (state.params, state.bias), "optimizer": state.optimizer, "batch": batch,
-                 "counters": small}  # fmt: skip
+    arguments = {"parameters": (state.params, state.bias), "base that does not learn": state.fixed,
+                 "optimizer": state.optimizer, "batch": batch, "counters": small}  # fmt: skip
     gradients = device_bytes(jax.tree.map(lambda x: x.update(dtype=jnp.float32), state.params))
     note = (
         f"temporaries hold the gradients, too: {gradients / 2**30:,.2f} GiB in float32 if all were kept at once, split "
@@ -355,6 +359,14 @@ def _train(work: Work, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, dic
             f"there and back is not counted"
         )
     return trainer.step.lower(state, batch, None), arguments, notes
+
+
+def _base(scheme: Scheme | None) -> QuantizedMatrices | None:
+    """LoRA's base with the decoder's matrices quantized."""
+    if scheme is None:
+        return None
+    of_scale = scale_of(np.ones(1, np.float32), scheme).dtype
+    return QuantizedMatrices(lambda name: scheme if is_of_decoder(name) else None, lambda name: of_scale)
 
 
 def _abstract_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:

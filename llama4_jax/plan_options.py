@@ -19,7 +19,7 @@ class PlanOptions:
     step: StepKind = "train"
     batch: int | None = None  # rows of the whole batch; None: the config's
     context: int | None = None  # tokens of a row, or of the cache; None: the config's
-    weights: Literal["int8", "int4", "fp8"] | None = None  # of prefill and decode, as `llama4 quantize` makes them
+    weights: Literal["int8", "int4", "fp8"] | None = None  # as `llama4 quantize` makes them; training: LoRA's base
     group: int | None = None  # inputs that share a scale; None: 128 for int4, all for others
     cache: Literal["int8"] | None = None  # of prefill and decode; None: bfloat16
     slots: int | None = None  # price a server of so many slots of --context tokens, with --step decode: by formulas

@@ -50,6 +50,7 @@ TRAINING = Rules(
         "router": (),  # the experts as outputs of the router: too few columns to be worth splitting
         "patch": (),  # patches of a tile, or the pixels of one
         "norm": (),
+        "rank": (),  # of LoRA's factors
     },
     activations={
         "batch": ("data", "fsdp", "expert"),
@@ -64,6 +65,7 @@ TRAINING = Rules(
         "gate_up": (),
         "router": (),
         "norm": (),
+        "rank": (),
         "cache": ("context",),  # positions of a key/value cache
         "patch": (),
         "tiles": (),  # of the pictures of a row

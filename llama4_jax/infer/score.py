@@ -61,7 +61,7 @@ def _nll(
     model = nnx.merge(graphdef, state)
     is_text = jnp.arange(tokens.shape[1]) < count
     hidden, _ = model.hidden(tokens, segment_ids=jnp.broadcast_to(is_text, tokens.shape).astype(jnp.int32))
-    return token_nll(hidden, model.lm_head.kernel[...], targets)
+    return token_nll(hidden, model.head(), targets)
 
 
 class Span(NamedTuple):

@@ -339,12 +339,7 @@ class Precision:
 
     def rule_for(self, layer: str) -> str | None:
         """The rule that decides for the linear layer of this name, such as layers.3.attention.q; None: none does."""
-        last = layer.rpartition(".")[2]
-        for rule in self.rules:
-            pattern = rule.rpartition("=")[0]
-            if fnmatch.fnmatchcase(layer, pattern) and (last not in _EXACT or pattern.rpartition(".")[2] == last):
-                return rule
-        return None
+        return next((rule for rule in self.rules if selects(rule.rpartition("=")[0], layer)), None)
 
     def matmul_of(self, layer: str) -> str:
         rule = self.rule_for(layer)
@@ -353,8 +348,49 @@ class Precision:
         return "default" if layer.rpartition(".")[2] in _EXACT else self.matmul
 
 
-# They decide which expert, and which token: in fewer bits only by their own name.
+# They decide which expert, and which token: chosen only by their own name.
 _EXACT = ("router", "lm_head")
+
+
+def selects(pattern: str, layer: str) -> bool:
+    """Whether a pattern such as layers.*.attention.* chooses the linear layer of this name, as `model.names` has it.
+    Router and output head are chosen only by a pattern that ends in their name: *.moe.router."""
+    last = layer.rpartition(".")[2]
+    return fnmatch.fnmatchcase(layer, pattern) and (last not in _EXACT or pattern.rpartition(".")[2] == last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): each chosen linear layer W becomes W + scale · A · B, and A and B alone
+    learn. B begins at 0, so that the first step is that of the base. Raises ValueError for values out of range."""
+
+    rank: int = 0  # of A · B; 0: no adapters, all parameters learn
+    alpha: float = 32.0  # scale = alpha / rank
+    rslora: bool = False  # scale = alpha / sqrt(rank) (arXiv 2312.03732)
+    dropout: float = 0.0  # of the inputs of A, in training; of routed experts, whole inputs of an expert in a step
+    # Patterns of names: layers.*.attention.q, layers.*.moe.experts, vision.*, projector, lm_head … The router and the
+    # output head are chosen by a pattern that ends in their name: *.moe.router.
+    targets: tuple[str, ...] = ("layers.*",)
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 0 <= self.rank <= _WIDTH:
+            raise ValueError(f"lora.rank must be a whole number of 0 (no adapters) or more, got {shown(self.rank)}.")
+        if not (isinstance(self.alpha, Real) and 0 < self.alpha <= _LARGEST_FLOAT):
+            raise ValueError(f"lora.alpha must be a positive number, got {shown(self.alpha)}.")
+        if not (isinstance(self.dropout, Real) and 0 <= self.dropout < 1):
+            raise ValueError(f"lora.dropout must be in [0, 1), got {shown(self.dropout)}.")
+        if self.rank and not self.targets:
+            raise ValueError(
+                'lora.targets is empty: name the layers that get adapters, such as "layers.*.attention.*".'
+            )
+        if not self.rank and any(getattr(self, field.name) != field.default for field in dataclasses.fields(self)):
+            raise ValueError(
+                "lora.rank is 0, which is no adapters, but other fields of lora are set: give --lora.rank."
+            )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def difference(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

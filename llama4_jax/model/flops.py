@@ -106,9 +106,14 @@ def decode_bytes(
     return kept * weight_bytes + matrices * of_matrices + cache * cache_bytes
 
 
-def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Operations of forward and backward for one token: the backward pass has two products for each forward one."""
-    return 3 * forward_flops_per_token(config, seq_len)
+def train_flops_per_token(config: ModelConfig, seq_len: int, *, weights_learn: bool = True) -> float:
+    """Operations of forward and backward for one token: the backward pass has two products for each forward one, or one
+    for each product with weights that do not learn, as LoRA's base (the factors beside them are not counted)."""
+    forward = forward_flops_per_token(config, seq_len)
+    if weights_learn:
+        return 3 * forward
+    keys = sum(mean_visible_keys(spec, seq_len) for spec in config.layers)
+    return 2 * forward + 4 * config.num_heads * config.head_dim * keys
 
 
 def train_flops_per_tile(config: ModelConfig) -> float:

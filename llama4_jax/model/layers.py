@@ -46,6 +46,8 @@ class Linear(nnx.Module):
         self.matmul = "default"  # see `matmuls.choose_matmuls`
         self.kernel_scale = None  # of a quantized kernel: see `quantized`
         self.activations = "auto"  # that it multiplies
+        self.lora = None  # low-rank factors beside the kernel: see `lora`
+        self.learns = True  # whether kernel and bias do; see `lora`
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.kernel_scale is None:
@@ -53,6 +55,8 @@ class Linear(nnx.Module):
         else:
             kernel, how = Quantized(self.kernel[...], self.kernel_scale[...]), self.activations
             y = quantized_linear(x, kernel, self.axes, num_contract=self.num_contract, activations=how)
+        if self.lora is not None:
+            y += self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -196,6 +196,15 @@ class Llama4(nnx.Module):
             x, kept = jax.tree.map(from_zigzag, (x, kept))
         return x, stats, kept
 
+    def head(self) -> Float[Array, "D V"]:
+        """The output head's matrix, for losses that make no logits: with low-rank factors, if it has any."""
+        kernel = self.lm_head.kernel[...]
+        return kernel if self.lm_head.lora is None else self.lm_head.lora.merged(kernel)
+
+    @property
+    def head_learns(self) -> bool:
+        return self.lm_head.learns or self.lm_head.lora is not None
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         with self._operations():
             out = self.lm_head(hidden).astype(self.precision.logits)

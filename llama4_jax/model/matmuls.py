@@ -3,14 +3,10 @@
 This is the only place that knows. Layers have the name of a matmul, and hand it on to the product.
 """
 
-import re
-from collections.abc import Iterator
-
 from flax import nnx
 
 from llama4_jax.model.config import Precision
-from llama4_jax.model.moe import MoE
-from llama4_jax.model.stack import Stack
+from llama4_jax.model.names import kinds, linear_layers
 
 
 def choose_matmuls(model: nnx.Module, precision: Precision) -> None:
@@ -21,7 +17,7 @@ def choose_matmuls(model: nnx.Module, precision: Precision) -> None:
     together.
     """
     used, every = set(), []
-    for module, names in _layers(model):
+    for module, names in linear_layers(model):
         chosen = {name: precision.matmul_of(name) for name in names}
         if len(set(chosen.values())) > 1:
             differing = ", ".join(f"{name}: {matmul}" for name, matmul in chosen.items())
@@ -34,23 +30,5 @@ def choose_matmuls(model: nnx.Module, precision: Precision) -> None:
         every += names
     for rule in precision.rules:
         if rule not in used:
-            known = ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in every))
+            known = ", ".join(kinds(every))
             raise ValueError(f"precision.rules: {rule!r} decides for no layer. The layers are {known}.")
-
-
-def _layers(model: nnx.Module) -> Iterator[tuple[nnx.Module, list[str]]]:
-    """Everything that has a matmul, and its names: one for each repetition, if it is scanned."""
-    for path, module in nnx.iter_modules(model):
-        if hasattr(module, "matmul"):
-            last = ["experts"] if isinstance(module, MoE) else []
-            yield module, [".".join(map(str, [*name, *last])) for name in _names(model, path)]
-
-
-def _names(model: nnx.Module, path: tuple) -> list[list]:
-    match path:
-        case [stack, "group" | "rest" as kind, place, *rest] if isinstance(owner := getattr(model, stack), Stack):
-            before = ["layers"] if stack == "decoder" else [stack, "layers"]
-            scanned = owner.repeats * len(owner.group)
-            places = range(place, scanned, len(owner.group)) if kind == "group" else [scanned + place]
-            return [[*before, i, *rest] for i in places]
-    return [list(path)]

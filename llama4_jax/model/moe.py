@@ -59,6 +59,8 @@ class MoE(nnx.Module):
         self.top_k = config.top_k
         self.gate_up_scale = self.down_scale = None  # of quantized experts: see `quantized`
         self.activations = "auto"  # that these multiply
+        self.gate_up_lora = self.down_lora = None  # low-rank factors of each expert: see `lora`
+        self.learns = True  # whether the experts' matrices do; see `lora`
 
     def __call__(
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None
@@ -77,14 +79,15 @@ class MoE(nnx.Module):
     def routed(
         self, x: Float[Array, "B T D"], expert: Int[Array, "B T top_k"], gate: Float[Array, "B T top_k"]
     ) -> Float[Array, "B T D"]:
-        if self.gate_up_scale is None:
-            weights = ExpertWeights(self.gate_up[...], self.down[...])
-            return experts(x, expert, gate, weights, matmul=self.matmul, implementation=self.implementation)
-        gate_up, down = (
-            Quantized(self.gate_up[...], self.gate_up_scale[...]),
-            Quantized(self.down[...], self.down_scale[...]),
-        )
-        return quantized_experts(x, expert, gate, gate_up, down, activations=self.activations)
+        gate_up, down = self.gate_up[...], self.down[...]
+        if self.gate_up_scale is not None:
+            gate_up, down = Quantized(gate_up, self.gate_up_scale[...]), Quantized(down, self.down_scale[...])
+            if self.learns:  # nothing beside them does: inference
+                return quantized_experts(x, expert, gate, gate_up, down, activations=self.activations)
+        if self.gate_up_lora is not None:
+            gate_up, down = self.gate_up_lora.beside(gate_up), self.down_lora.beside(down)
+        how = {"matmul": self.matmul, "implementation": self.implementation, "activations": self.activations}
+        return experts(x, expert, gate, ExpertWeights(gate_up, down), **how, learns=self.learns)
 
     def choose(self, logits: Float[Array, "B T E"]) -> tuple[Int[Array, "B T top_k"], Float[Array, "B T top_k"]]:
         """The top_k experts of each token and their gates, sigmoid(logit). Gates are not normalised: with one

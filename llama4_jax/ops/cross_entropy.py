@@ -177,13 +177,13 @@ def token_nll(hidden, head, targets, *, pieces=None, compute_dtype=None) -> Floa
     return token_scores(hidden, head, targets, pieces=pieces, compute_dtype=compute_dtype).nll
 
 
-@own_gradient(nondiff_argnums=(4, 5))
-def _weighted_sum(hidden, head, targets, weights, pieces, compute_dtype):
+@own_gradient(nondiff_argnums=(4, 5, 6))
+def _weighted_sum(hidden, head, targets, weights, pieces, compute_dtype, head_learns):
     nll = token_nll(hidden, head, targets, pieces=pieces, compute_dtype=compute_dtype)
     return (nll * weights).sum()
 
 
-def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype):
+def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype, head_learns):
     places = _places(targets, head)
     vocab_axes = places.vocab_axes
 
@@ -202,31 +202,35 @@ def _weighted_sum_forward(hidden, head, targets, weights, pieces, compute_dtype)
             sums = {"precision": exact(d_logits, cast_head), "preferred_element_type": jnp.float32}
             d_hidden = jnp.einsum("btv,dv->btd", d_logits, cast_head, **sums)
             d_hidden = lax.psum(d_hidden, vocab_axes) if vocab_axes else d_hidden
-            h, d_logits = (x.reshape(-1, x.shape[-1]) for x in (h, d_logits))
-            # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
-            h = lax.optimization_barrier(h.T)
-            d_head += jnp.einsum("dn,nv->dv", h, d_logits, **sums)
+            if d_head is not None:
+                h, d_logits = (x.reshape(-1, x.shape[-1]) for x in (h, d_logits))
+                # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as
+                # fast.
+                h = lax.optimization_barrier(h.T)
+                d_head += jnp.einsum("dn,nv->dv", h, d_logits, **sums)
             return d_head, (nll, d_hidden.astype(hidden.dtype))
 
         parts = _num_pieces(pieces, *targets.shape)
-        zeros = jnp.zeros(cast_head.shape, jnp.float32)
+        zeros = jnp.zeros(cast_head.shape, jnp.float32) if head_learns else None
         d_head, (nll, d_hidden) = lax.scan(piece, zeros, tuple(_split(x, parts) for x in (hidden, targets, weights)))
         nll, d_hidden = (_join(x, targets.shape[1]) for x in (nll, d_hidden))
-        return nll, d_hidden, own_part(d_head, places.embed_axes, places.token_axes, 0)[:, :words]
+        if d_head is not None:
+            d_head = own_part(d_head, places.embed_axes, places.token_axes, 0)[:, :words]
+        return nll, d_hidden, d_head
 
     hidden_spec = PartitionSpec(*places.tokens, None)
     in_specs = (hidden_spec, places.head, places.tokens, places.tokens)
-    mapped = on_mesh(on_device, in_specs, (places.tokens, hidden_spec, places.head))
+    mapped = on_mesh(on_device, in_specs, (places.tokens, hidden_spec, places.head if head_learns else None))
     nll, d_hidden, d_head = mapped(hidden, head, targets, weights)
     # The empty slice carries the head's dtype to the backward pass.
     return (nll * weights).sum(), (d_hidden, d_head, nll, head[:0])
 
 
-def _weighted_sum_backward(pieces, compute_dtype, residuals, d_total):
+def _weighted_sum_backward(pieces, compute_dtype, head_learns, residuals, d_total):
     d_hidden, d_head, nll, like_head = residuals
     return (
         (d_hidden * d_total).astype(d_hidden.dtype),
-        (d_head * d_total).astype(like_head.dtype),
+        None if d_head is None else (d_head * d_total).astype(like_head.dtype),
         None,
         nll * d_total,
     )
@@ -243,6 +247,7 @@ def linear_cross_entropy(
     *,
     pieces: int | None = None,
     compute_dtype: DTypeLike | None = None,
+    head_learns: bool = True,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(Σ weights · nll, Σ weights), float32, where nll is that of the targets under softmax(hidden @ head), in nats.
 
@@ -251,10 +256,12 @@ def linear_cross_entropy(
     A token of weight 0 adds nothing, whatever its target, as long as that is in [0, V).
 
     `pieces`: how many parts a device's tokens of a row are cut into; None: parts of one or two thousand tokens.
-    `compute_dtype`: that of the factors of the products, which are summed in float32; None: that of `hidden`. Raises
-    ValueError for an impossible number of pieces.
+    `compute_dtype`: that of the factors of the products, which are summed in float32; None: that of `hidden`.
+    `head_learns`: False leaves out the head's gradient, which is then 0. Raises ValueError for an impossible number of
+    pieces.
     """
     _check_pieces(pieces, targets.shape[1])
     compute_dtype = hidden.dtype if compute_dtype is None else compute_dtype
     weights = weights.astype(jnp.float32)
-    return _weighted_sum(hidden, head, targets, weights, pieces, jnp.dtype(compute_dtype)), weights.sum()
+    how = pieces, jnp.dtype(compute_dtype), head_learns
+    return _weighted_sum(hidden, head, targets, weights, *how), weights.sum()

@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from llama4_jax.ops.dot_general import PRODUCT
-from llama4_jax.ops.expert_feed_forward import ExpertWeights, FeedForward, dtypes_of
+from llama4_jax.ops.expert_feed_forward import ExpertWeights, FeedForward, scalars_like
 from llama4_jax.sharding import platform, ways
 
 # A device has room for so many times its even share: what one round takes of experts that are almost balanced.
@@ -197,7 +197,7 @@ def _forward(how: FeedForward, way: _Way, rows, counts, weights):
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     out, saved = _rounds(one, (jnp.zeros_like(held), nothing), way, counts, len(rows))
     saved = checkpoint_name(saved, PRODUCT)  # the rows, too: without them it would be the whole round again
-    return way.move.finish(out, way.axes), (rows, counts, used, saved, dtypes_of(weights))
+    return way.move.finish(out, way.axes), (rows, counts, used, saved, scalars_like(weights))
 
 
 def _backward(how: FeedForward, way: _Way, residuals, g):
@@ -222,7 +222,7 @@ def _backward(how: FeedForward, way: _Way, residuals, g):
 
     nothing = jnp.zeros_like(held_g), how.gradients_like(used)
     d_rows, d_used = _rounds(one, nothing, way, counts, len(rows))
-    return way.move.finish(d_rows, way.axes), None, how.give_back(d_used, (like[0].dtype, like[1].dtype))
+    return way.move.finish(d_rows, way.axes), None, how.give_back(d_used, like)
 
 
 _exchange.defvjp(_forward, _backward)

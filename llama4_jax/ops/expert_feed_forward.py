@@ -14,14 +14,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama4_jax.ops.dot_general import PRODUCT
-from llama4_jax.ops.expert_products import Product
+from llama4_jax.ops.expert_products import Adapted, AdaptedProduct, Product
 from llama4_jax.ops.plain import own_gradient
 from llama4_jax.ops.swiglu import swiglu, swiglu_flat
 
 
 class ExpertWeights(NamedTuple):
-    gate_up: Float[Array, "E 2 D F"]
-    down: Float[Array, "E F D"]
+    """Each also `Quantized`, or `Adapted` with low-rank factors."""
+
+    gate_up: Any  # Float[Array, "E 2 D F"]
+    down: Any  # Float[Array, "E F D"]
 
 
 class Saved(NamedTuple):
@@ -39,25 +41,25 @@ class FeedForward:
     - flat: gate and up lie side by side, [E D 2F], as kernels want one matrix
     """
 
-    first: Product
-    second: Product
+    first: Product | AdaptedProduct
+    second: Product | AdaptedProduct
     flat: bool
 
     def prepare(self, weights: ExpertWeights, dtype) -> tuple[Any, Any]:
         """The weights of this device's experts as the products use them: gathered, in `dtype` or in 8 bits."""
         gate_up = weights.gate_up
         if self.flat:  # before it is gathered, when it is the least to copy
-            gate_up = rearrange(gate_up, "E two D F -> E D (two F)")
+            gate_up = _of_outputs(lambda w: rearrange(w, "E two D F -> E D (two F)"), gate_up)
         return self.first.prepare(gate_up, dtype), self.second.prepare(weights.down, dtype)
 
-    def give_back(self, gradients: tuple[Array, Array], dtypes: tuple[Any, Any]) -> ExpertWeights:
+    def give_back(self, gradients: tuple[Any, Any], like: ExpertWeights) -> ExpertWeights:
         """The gradients of a device's own part of the weights, of those of what it used."""
-        gate_up = self.first.give_back(gradients[0], dtypes[0])
+        gate_up = self.first.give_back(gradients[0], like.gate_up)
         if self.flat:
-            gate_up = rearrange(gate_up, "E D (two F) -> E two D F", two=2)
-        return ExpertWeights(gate_up, self.second.give_back(gradients[1], dtypes[1]))
+            gate_up = _of_outputs(lambda w: rearrange(w, "E D (two F) -> E two D F", two=2), gate_up)
+        return ExpertWeights(gate_up, self.second.give_back(gradients[1], like.down))
 
-    def gradients_like(self, used: tuple[Any, Any]) -> tuple[Array, Array]:
+    def gradients_like(self, used: tuple[Any, Any]) -> tuple[Any, Any]:
         """Zeros, in float32, to which the gradients of what was used can be added."""
         return self.first.gradient_like(used[0]), self.second.gradient_like(used[1])
 
@@ -71,7 +73,7 @@ class FeedForward:
 
     def backward(
         self, saved: Saved, group_sizes: Int[Array, " E"], used: tuple[Any, Any], g: Float[Array, "R D"]
-    ) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "R D"], tuple[Any, Any]]:
         """The gradients of x and of what was used of the weights, all in g's dtype."""
         active, pull = jax.vjp(self._between, saved.hidden)
         kept = self.second.keep(active, group_sizes)
@@ -95,18 +97,25 @@ def feed_forward(
 def _forward(how: FeedForward, x, group_sizes, weights: ExpertWeights):
     used = how.prepare(weights, x.dtype)
     y, saved = how.forward(x, group_sizes, used)
-    return y, (checkpoint_name(saved, PRODUCT), group_sizes, used, dtypes_of(weights))
+    return y, (checkpoint_name(saved, PRODUCT), group_sizes, used, scalars_like(weights))
 
 
 def _backward(how: FeedForward, residuals, g):
     saved, group_sizes, used, like = residuals
     d_x, gradients = how.backward(saved, group_sizes, used, g)
-    return d_x, None, how.give_back(gradients, (like[0].dtype, like[1].dtype))
+    return d_x, None, how.give_back(gradients, like)
 
 
 feed_forward.defvjp(_forward, _backward)
 
 
-def dtypes_of(weights: ExpertWeights) -> tuple[Array, Array]:
+def scalars_like(weights: ExpertWeights) -> ExpertWeights:
     """Scalars that carry the dtypes to a backward pass."""
-    return jnp.zeros((), weights.gate_up.dtype), jnp.zeros((), weights.down.dtype)
+    return jax.tree.map(lambda w: jnp.zeros((), w.dtype), weights)
+
+
+def _of_outputs(change, w):
+    """`change` of what has the outputs of a product: its matrices, and of low-rank factors the second."""
+    if isinstance(w, Adapted):
+        return Adapted(_of_outputs(change, w.w), w.a, _of_outputs(change, w.b))
+    return None if w is None else change(w)

@@ -9,11 +9,15 @@ In 8-bit floats, scales never cross experts: the tokens of one do not lose their
 inputs and outputs may be on several devices: scales are taken over the mesh axes that split what shares one, so that
 the numbers are those of one device. (Tiles of "block" are those of a device's part.)
 
+Matrices may stay as they are while something else learns (`learns`): then no gradient of theirs is computed. They may
+be quantized (`QuantizedProduct`), and have low-rank factors beside them (`AdaptedProduct`).
+
 Only the loop over blocks takes operands of 8 bits. A kernel gets them, exactly, in the dtype of the result: on a TPU
 they save memory, and what is sent, and no time.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +27,18 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.ops.fp8 import BLOCK, Fp8DotGeneral, Scaled, in_tiles, largest, rounded, scale_for
 from llama4_jax.ops.grouped_matmul import PRODUCTS
 from llama4_jax.ops.plain import gathered_for_use
+from llama4_jax.ops.quantization import Quantized
+from llama4_jax.ops.quantized_matmul import quantized_grouped_matmul, quantized_grouped_row_gradient
 from llama4_jax.ops.row_blocks import largest_of_groups
 from llama4_jax.sharding import gathered, given_back
+
+
+class Adapted(NamedTuple):
+    """Matrices with low-rank factors: w + a · b of each expert, which is never made."""
+
+    w: Float[Array, "E *P I O"] | Quantized
+    a: Float[Array, "E I r"]
+    b: Float[Array, "E *P r O"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +64,19 @@ class Product:
     - prepare: a device's part of the matrices → what it multiplies with (`used`)
     - keep: rows → what the product, and later its gradient, takes of them (`kept`)
     - forward: kept, used → [R *P O]; backward: the gradients of rows and matrices, [R I] and [E *P I O]
-    - give_back: the gradient of what was used → that of a device's part
+    - give_back: the gradient of what was used → that of a device's part; `like` has the dtypes of that
 
     `dtype` is that of the rows, which results and gradients take. implementation: a key of `grouped_matmul.PRODUCTS`.
+    learns: whether the matrices do; where not, their gradients are None everywhere.
     """
 
     implementation: str
     split: Split = field(default_factory=Split)
+    learns: bool = True
+
+    def dtypes(self, dtype) -> tuple:
+        """Of the two gradients."""
+        return dtype, dtype if self.learns else None
 
     def prepare(self, w, dtype):
         return gathered_for_use(w, dtype, self.split.gathered, w.ndim + self.split.dimension)
@@ -68,13 +88,15 @@ class Product:
         return PRODUCTS[self.implementation].forward(kept, used, group_sizes, dtype)
 
     def backward(self, kept, used, group_sizes, g, dtype):
-        return PRODUCTS[self.implementation].backward(kept, used, g, g, group_sizes, (dtype, dtype))
+        return PRODUCTS[self.implementation].backward(kept, used, g, g, group_sizes, self.dtypes(dtype))
 
     def gradient_like(self, used):
-        return jnp.zeros(used.shape, jnp.float32)
+        return jnp.zeros(used.shape, jnp.float32) if self.learns else None
 
-    def give_back(self, d_w, dtype):
-        return given_back(d_w, dtype, self.split.gathered, d_w.ndim + self.split.dimension)
+    def give_back(self, d_w, like):
+        if d_w is None:
+            return None
+        return given_back(d_w, like.dtype, self.split.gathered, d_w.ndim + self.split.dimension)
 
 
 @dataclass(frozen=True)
@@ -92,7 +114,7 @@ class BlockFp8Product(Product):
         down = _in_tiles_of_rows(g, group_sizes, self.recipe.gradient)
         x = _in_tiles_of_rows(kept, group_sizes, self.recipe.forward)
         w = in_tiles(used, self.recipe.forward, (BLOCK, BLOCK))
-        return PRODUCTS[self.implementation].backward(x, w, along, down, group_sizes, (dtype, dtype))
+        return PRODUCTS[self.implementation].backward(x, w, along, down, group_sizes, self.dtypes(dtype))
 
 
 @dataclass(frozen=True)
@@ -143,12 +165,12 @@ class Fp8Product(Product):
     def backward(self, kept: Scaled, used: Scaled, group_sizes, g, dtype):
         gradients = self._row_gradients if self.by_row else self._expert_gradients
         for_x, for_w, rows, columns = gradients(kept, used, group_sizes, g)
-        multiply, dtypes = PRODUCTS[self.implementation].backward, (dtype, dtype)
+        multiply = PRODUCTS[self.implementation].backward
         if self.implementation == "blocks":
-            return multiply(kept.values, used.values, for_x, for_w, group_sizes, dtypes, (rows, columns))
+            return multiply(kept.values, used.values, for_x, for_w, group_sizes, self.dtypes(dtype), (rows, columns))
         operands = (y.astype(dtype) for y in (kept.values, used.values, for_x, for_w))
-        d_x, d_w = multiply(*operands, group_sizes, (jnp.float32, jnp.float32))
-        return (d_x * rows).astype(dtype), (d_w * columns).astype(dtype)
+        d_x, d_w = multiply(*operands, group_sizes, self.dtypes(jnp.float32))
+        return (d_x * rows).astype(dtype), None if d_w is None else (d_w * columns).astype(dtype)
 
     def _expert_gradients(self, kept, used, group_sizes, g):
         """g for both products, and the scales of both."""
@@ -182,12 +204,75 @@ class Fp8Product(Product):
         )
 
 
-def make_product(implementation: str, recipe: Fp8DotGeneral | None, split: Split) -> Product:
+@dataclass(frozen=True)
+class QuantizedProduct(Product):
+    """Of quantized matrices, which do not learn: the gradient flows through the dequantized product to the rows.
+
+    - of_scales: mesh axes that split the scales along the dimension that is gathered
+    - activations: of `quantized_matmul`
+    """
+
+    learns: bool = False
+    of_scales: tuple[str, ...] = ()
+    activations: str = "float"
+
+    def prepare(self, w: Quantized, dtype) -> Quantized:
+        axes, dimension = (self.split.gathered, self.of_scales), w.values.ndim + self.split.dimension
+        return Quantized(*(gathered(part, part.dtype, own, dimension) for part, own in zip(w, axes, strict=True)))
+
+    def forward(self, kept, used: Quantized, group_sizes, dtype):
+        how = {"activations": self.activations, "axes": self.split.inner}
+        return quantized_grouped_matmul(kept, used, group_sizes, **how)
+
+    def backward(self, kept, used: Quantized, group_sizes, g, dtype):
+        return quantized_grouped_row_gradient(g, used, group_sizes, dtype), None
+
+
+@dataclass(frozen=True)
+class AdaptedProduct:
+    """x · w + (x · a) · b of each row's expert, as grouped products: nothing of w's size is made. A `Product` of
+    `Adapted` matrices."""
+
+    base: Product
+    first: Product  # with a
+    second: Product  # with b
+
+    def prepare(self, w: Adapted, dtype) -> Adapted:
+        return Adapted(self.base.prepare(w.w, dtype), self.first.prepare(w.a, dtype), self.second.prepare(w.b, dtype))
+
+    def keep(self, x, group_sizes):
+        return self.base.keep(x, group_sizes), x
+
+    def forward(self, kept, used: Adapted, group_sizes, dtype):
+        of_base, x = kept
+        y = self.base.forward(of_base, used.w, group_sizes, dtype)
+        return y + self.second.forward(self._narrow(x, used, group_sizes), used.b, group_sizes, dtype)
+
+    def backward(self, kept, used: Adapted, group_sizes, g, dtype):
+        of_base, x = kept
+        d_x, d_w = self.base.backward(of_base, used.w, group_sizes, g, dtype)
+        d_narrow, d_b = self.second.backward(self._narrow(x, used, group_sizes), used.b, group_sizes, g, dtype)
+        more, d_a = self.first.backward(x, used.a, group_sizes, d_narrow, dtype)
+        return d_x + more, Adapted(d_w, d_a, d_b)
+
+    def gradient_like(self, used: Adapted) -> Adapted:
+        products = self.base, self.first, self.second
+        return Adapted(*(product.gradient_like(part) for product, part in zip(products, used, strict=True)))
+
+    def give_back(self, d: Adapted, like: Adapted) -> Adapted:
+        products = self.base, self.first, self.second
+        return Adapted(*(p.give_back(part, own) for p, part, own in zip(products, d, like, strict=True)))
+
+    def _narrow(self, x, used: Adapted, group_sizes) -> Float[Array, "R r"]:
+        return self.first.forward(x, used.a, group_sizes, x.dtype)
+
+
+def make_product(implementation: str, recipe: Fp8DotGeneral | None, split: Split, *, learns: bool = True) -> Product:
     """recipe: None multiplies in the dtype of the rows."""
     if recipe is None:
-        return Product(implementation, split)
+        return Product(implementation, split, learns)
     kind = BlockFp8Product if recipe.granularity == "block" else Fp8Product
-    return kind(implementation, split, recipe)
+    return kind(implementation, split, learns, recipe)
 
 
 def _over(amax: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:

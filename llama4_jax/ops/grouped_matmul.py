@@ -66,14 +66,15 @@ class Products(NamedTuple):
 
     - forward: (x [R I], w [E *P I O], group_sizes, dtype, scales) → x · w of its group, [R *P O] in `dtype`
     - backward: (x, w, g_x [R *P O], g_w [R *P O], group_sizes, dtypes, scales) → g_x · wᵀ of its group [R I], and for
-      each group xᵀ · g_w [E *P I O], in these two dtypes; g_x and g_w are the same but for rounding
+      each group xᵀ · g_w [E *P I O], in these two dtypes; g_x and g_w are the same but for rounding. Where the second
+      dtype is None, the second gradient is not computed, and None
 
     `scales`, where an implementation takes them, multiply the sums: of rows [R 1] and of columns [E *P 1 O or 1] in
     `forward`, of g_x · wᵀ [R 1] and of xᵀ · g_w [E *P 1 O or 1] in `backward`.
     """
 
     forward: Callable[..., Array]
-    backward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array | None]]
 
 
 Scales = tuple[Float[Array, "R 1"], Float[Array, "E *P 1 O"] | None]
@@ -90,9 +91,30 @@ def _reference(x, w, group_sizes, dtype) -> Float[Array, "R *P O"]:
     return jnp.sum(jnp.where(chosen, every, 0), axis=1).astype(dtype)
 
 
-def _reference_backward(x, w, g_x, g_w, group_sizes, dtypes):
-    _, pull = jax.vjp(lambda x, w: _reference(x, w, group_sizes, x.dtype), x, w)
-    return pull(g_x.astype(x.dtype))[0].astype(dtypes[0]), pull(g_w.astype(x.dtype))[1].astype(dtypes[1])
+def _by_autodiff(forward: Callable[..., Array]) -> Products:
+    def backward(x, w, g_x, g_w, group_sizes, dtypes):
+        _, pull = jax.vjp(lambda x, w: forward(x, w, group_sizes, x.dtype), x, w)
+        d_x = pull(g_x.astype(x.dtype))[0].astype(dtypes[0])
+        return d_x, None if dtypes[1] is None else pull(g_w.astype(x.dtype))[1].astype(dtypes[1])
+
+    return Products(forward, backward)
+
+
+def _masked(x, w, group_sizes, dtype) -> Float[Array, "R *P O"]:
+    """One product with the matrices of all groups side by side, for matrices that are narrow on one side: E times the
+    work of a loop, and of little work one product makes more than a loop of many. Where they are narrow in what they
+    put out, of that every row keeps its group's part; where in what they take in, every row has zeros for the others.
+    """
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(x.shape[0])[:, None]
+    own = ((row >= ends - group_sizes) & (row < ends)).astype(x.dtype)
+    w = w.astype(x.dtype)
+    how = {"precision": exact(x, w), "preferred_element_type": jnp.float32}
+    if w.shape[-2] <= w.shape[-1]:
+        beside = own[:, :, None] * x[:, None]
+        return jnp.einsum("REI,E...IO->R...O", beside, w, **how).astype(dtype)
+    every = jnp.einsum("RI,E...IO->RE...O", x, w, **how).astype(dtype)
+    return jnp.einsum("RE,RE...->R...", own.astype(dtype), every, precision=exact(every)).astype(dtype)
 
 
 def _by_kernels(kernels: Callable[[Array], grouped_kernels.Kernels]) -> Products:
@@ -100,8 +122,9 @@ def _by_kernels(kernels: Callable[[Array], grouped_kernels.Kernels]) -> Products
         return grouped_kernels.forward(kernels(x), x, w, group_sizes).astype(dtype)
 
     def backward(x, w, g_x, g_w, group_sizes, dtypes):
+        # What is not used of them is not computed: kernels have no side effects.
         d_x, d_w = grouped_kernels.backward(kernels(x), x, w, g_x, g_w, group_sizes)
-        return d_x.astype(dtypes[0]), d_w.astype(dtypes[1])
+        return d_x.astype(dtypes[0]), None if dtypes[1] is None else d_w.astype(dtypes[1])
 
     return Products(forward, backward)
 
@@ -144,27 +167,28 @@ def _blocks_backward(x, w, g_x, g_w, group_sizes, dtypes, scales: Scales | None 
         rows = jnp.where(block.of(g), part_of(g, block.first_row, block.height), 0)
         return jnp.moveaxis(rows, 1, 0) if rows.ndim == 3 else rows
 
-    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E *P I O"]], block: Block):
+    def multiply(grads: tuple[Shaped[Array, "R I"], Shaped[Array, "E *P I O"] | None], block: Block):
         x_grad, w_grad = grads
         for_x = own(g_x, block)
-        for_w = for_x if g_w is g_x else own(g_w, block)
-        x_rows = jnp.where(block.of(x), part_of(x, block.first_row, block.height), 0)
         matrix = _operand(part_of(w, block.group, 1)[0], x)
         pairs = zip(for_x, matrix, strict=True) if for_x.ndim == 3 else [(for_x, matrix)]
         x_new = sum(_float32_sum(g, m, (1, 1)) for g, m in pairs)
+        x_new = x_new if scales is None else _scaled_rows(x_new, scales[0], block)
+        x_grad = write_rows(x_grad, block, x_new.astype(dtypes[0]))
+        if w_grad is None:
+            return x_grad, None
+        for_w = for_x if g_w is g_x else own(g_w, block)
+        x_rows = jnp.where(block.of(x), part_of(x, block.first_row, block.height), 0)
         # Transposed in memory, which the barrier insists on: XLA:CPU's product over leading axes is half as fast.
         x_columns = lax.optimization_barrier(x_rows.T)
         w_new = _each_matrix(lambda g: _float32_sum(x_columns, g, (1, 0)), for_w, at=0)
-        if scales is not None:
-            x_new = _scaled_rows(x_new, scales[0], block)
-            w_new = w_new * part_of(scales[1], block.group, 1)[0]
-        x_grad = write_rows(x_grad, block, x_new.astype(dtypes[0]))
+        w_new = w_new if scales is None else w_new * part_of(scales[1], block.group, 1)[0]
         w_new = as_bits(w_new.astype(dtypes[1]))
         return x_grad, lax.dynamic_update_index_in_dim(w_grad, w_new, block.group, 0, allow_negative_indices=False)
 
-    zeros = as_bits(jnp.zeros(x.shape, dtypes[0])), as_bits(jnp.zeros(w.shape, dtypes[1]))
-    x_grad, w_grad = fold_groups(multiply, zeros, group_sizes, x.shape[0])
-    return from_bits(x_grad, dtypes[0]), from_bits(w_grad, dtypes[1])
+    w_zeros = None if dtypes[1] is None else as_bits(jnp.zeros(w.shape, dtypes[1]))
+    x_grad, w_grad = fold_groups(multiply, (as_bits(jnp.zeros(x.shape, dtypes[0])), w_zeros), group_sizes, x.shape[0])
+    return from_bits(x_grad, dtypes[0]), None if w_grad is None else from_bits(w_grad, dtypes[1])
 
 
 def _operand(matrix: Shaped[Array, "*P I O"], x: Shaped[Array, "R I"]) -> Shaped[Array, "*P I O"]:
@@ -178,8 +202,9 @@ def _scaled_rows(y: Float[Array, "height *N"], scale: Float[Array, "R 1"], block
 
 
 PRODUCTS: dict[str, Products] = {
-    "reference": Products(_reference, _reference_backward),
+    "reference": _by_autodiff(_reference),
     "blocks": Products(_blocks, _blocks_backward),
+    "masked": _by_autodiff(_masked),
     "megablox": _by_kernels(grouped_kernels.megablox),
     "mosaic_gpu": _by_kernels(grouped_kernels.mosaic_gpu),
 }

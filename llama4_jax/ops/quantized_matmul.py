@@ -14,7 +14,8 @@ What is multiplied is a choice, `activations`, and not the platform's alone, sin
   fastest on a CPU, and adds about as much error as the weights of int8 have
 - "auto": "int8" on a CPU for matrices of int8 with one scale an output, "float" otherwise
 
-For inference: no gradients are meant to go through these.
+The gradient, of x alone, is the cotangent's product with the dequantized matrix, whatever x was rounded to: values and
+scales do not learn. That matrix exists while it is multiplied, one at a time.
 """
 
 import math
@@ -27,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Shaped
 
 from llama4_jax.ops.dot_general import dot_general
+from llama4_jax.ops.plain import own_gradient
 from llama4_jax.ops.quantization import Quantized, dequantize, scale_axes
 from llama4_jax.ops.row_blocks import as_bits, fold_groups, from_bits, part_of, write_rows
 from llama4_jax.sharding import for_use, platform
@@ -47,6 +49,11 @@ def quantized_dot(
 
     Raises ValueError for activations that are unknown, or that the values cannot be multiplied with.
     """
+    return _quantized_dot(x, q, num_contract, activations)
+
+
+@own_gradient(nondiff_argnums=(2, 3))
+def _quantized_dot(x, q: Quantized, num_contract: int, activations: str):
     inputs, outputs = q.values.shape[:num_contract], q.values.shape[num_contract:]
     lead = x.shape[: x.ndim - num_contract]
     x, dtype = x.reshape(math.prod(lead), math.prod(inputs)), x.dtype
@@ -55,6 +62,17 @@ def quantized_dot(
     own = Quantized(q.values.reshape(math.prod(inputs), *outputs), q.scale.reshape(-1, *outputs))
     y = _product(_rows(x, _decide(activations, own.values, len(own.scale))), own)
     return y.astype(dtype).reshape(*lead, *q.values.shape[num_contract:])
+
+
+def _quantized_dot_backward(num_contract: int, activations: str, q: Quantized, g):
+    # The barrier keeps XLA from dequantizing all layers of a scan before it.
+    w = dequantize(lax.optimization_barrier(q), num_contract=num_contract, dtype=g.dtype)
+    outputs = w.ndim - num_contract
+    over = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(num_contract, w.ndim))
+    return dot_general(g, w, (over, ((), ()))), None
+
+
+_quantized_dot.defvjp(lambda x, q, *how: (_quantized_dot(x, q, *how), q), _quantized_dot_backward)
 
 
 def quantized_linear(
@@ -92,6 +110,27 @@ def quantized_grouped_matmul(
 
     zeros = jnp.zeros((x.shape[0], *pairs, q.values.shape[-1]), x.dtype)
     return from_bits(fold_groups(multiply, as_bits(zeros), group_sizes, x.shape[0]), x.dtype)
+
+
+def quantized_grouped_row_gradient(
+    g: Float[Array, "R *P O"], q: Quantized, group_sizes: Int[Array, " E"], dtype
+) -> Float[Array, "R I"]:
+    """The gradient of x, in `dtype`, where g is that of `quantized_grouped_matmul(x, q, group_sizes)`: g times the
+    dequantized matrices of its rows' group, transposed. One group's are dequantized at a time."""
+    pairs = q.values.shape[1:-2]
+
+    def multiply(out: Shaped[Array, "R I"], block) -> Shaped[Array, "R I"]:
+        rows = jnp.where(block.of(g), part_of(g, block.first_row, block.height), 0)
+        total = 0.0
+        for pair in np.ndindex(*pairs):
+            values, scale = (_read(part, (block.group, *pair), 0, part.shape[-2]) for part in q)
+            w = _scaled(values, scale, g.dtype)
+            over = (((1,), (1,)), ((), ()))
+            total += dot_general(rows[:, *pair], w, over, preferred_element_type=jnp.float32)
+        return write_rows(out, block, total.astype(dtype))
+
+    zeros = jnp.zeros((g.shape[0], q.values.shape[-2]), dtype)
+    return from_bits(fold_groups(multiply, as_bits(zeros), group_sizes, g.shape[0]), dtype)
 
 
 class _Rows(NamedTuple):

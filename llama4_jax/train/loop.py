@@ -45,10 +45,20 @@ from llama4_jax.train.metrics import Log, figures, peak_flops
 from llama4_jax.train.next_token import next_token
 from llama4_jax.train.rows import Rows
 from llama4_jax.train.stage import Stage
-from llama4_jax.train.step import Step, StepMetrics, Trainer, TrainState, batch_shardings, make_trainer
+from llama4_jax.train.step import (
+    Step,
+    StepMetrics,
+    Trainer,
+    TrainState,
+    batch_shardings,
+    make_trainer,
+    model_of,
+)
 from llama4_jax.train.stop import Stop, stop_signals
+from llama4_jax.weights.adapters import BASE, base_of, open_base, write_base
 from llama4_jax.weights.checkpoint import Checkpoints, named_leaves, with_leaves
-from llama4_jax.weights.load import initial_weights
+from llama4_jax.weights.load import arrays_of, initial_weights, quantized_matrices
+from llama4_jax.weights.source import Weights, open_weights
 
 T = TypeVar("T")
 
@@ -70,6 +80,7 @@ class Parts(NamedTuple):
     batches: Loader
     heldout: Loader | None
     share_of_targets: float  # of the tokens, in the first batches
+    base: Weights | None  # that LoRA's adapters belong on
 
 
 def train(config: RunConfig) -> epath.Path:
@@ -93,7 +104,8 @@ def train(config: RunConfig) -> epath.Path:
     ):
         hosts.check_same("run_dir, which all must share", {f"checkpoints in {run}": str(checkpoints.steps())})
         compiled = CompiledStep(config, trainer)
-        state = restore(config, trainer, checkpoints, batches, before_init=lambda: compiled.start(0))
+        begin = {"base": parts.base, "before_init": lambda: compiled.start(0)}
+        state = restore(config, trainer, checkpoints, batches, **begin)
         first = int(state.step)
         with hosts.together("resuming"):
             if first > config.steps:
@@ -103,6 +115,8 @@ def train(config: RunConfig) -> epath.Path:
                 )
             if hosts.index() == 0:
                 parts.tokenizer.save(run)
+                if parts.base is not None and not (run / BASE).exists():
+                    write_base(run, base_of(config.init_from, parts.base))
                 write_atomically(run / "config.json", to_json(config))
         with contextlib.closing(Log(run, first_step=first, steps=config.steps)) as log:
             describe(config, parts, first, log)
@@ -133,12 +147,15 @@ def prepare(config: RunConfig) -> Parts:
     if problems and (tokenizer is not None or not ids):  # what else is wrong, so that all of it can be mended at once
         attempt(lambda: make_loader(config.data, tokenizer or ByteTokenizer(), split="train").close())
     raise_all(problems)
+    base = attempt(lambda: base_of_run(config, directory)) if config.lora.rank else None
+    raise_all(problems)
     mesh = make_mesh(config.mesh)
     vision = config.model.vision
     pictures = attempt(
         lambda: None if vision is None else image_config(vision, tokenizer, max_tiles=config.data.max_tiles)
     )
-    trainer = attempt(lambda: make_trainer(config, mesh, next_token))
+    of_base = None if base is None else quantized_matrices(base)
+    trainer = attempt(lambda: make_trainer(config, mesh, next_token, of_base))
     rows = attempt(lambda: Rows(mesh, config.data.batch_size))
     raise_all(problems)
     how = {"pictures": pictures, "process_index": rows.share, "process_count": rows.shares}
@@ -153,7 +170,20 @@ def prepare(config: RunConfig) -> Parts:
     if heldout is not None:
         attempt(lambda: share_of_targets(heldout, "the held-out data"))
     raise_all(problems)
-    return Parts(directory, mesh, tokenizer, trainer, rows, batches, heldout, share)
+    return Parts(directory, mesh, tokenizer, trainer, rows, batches, heldout, share, base)
+
+
+def base_of_run(config: RunConfig, run: epath.Path) -> Weights:
+    """The weights that LoRA's adapters belong on: those of the run that is there already, or of `init_from`.
+
+    Raises ValueError if there are none, or if they are not those that the run's adapters were trained beside.
+    """
+    if config.init_from is None:
+        raise ValueError(
+            f"lora.rank is {config.lora.rank}, but there are no weights that adapters could learn beside: give "
+            f"--init-from PATH."
+        )
+    return open_base(run) if (run / BASE).exists() else open_weights(config.init_from)
 
 
 def raise_all(problems: list[ValueError | OSError]) -> None:
@@ -211,34 +241,57 @@ def check_same_run(run: epath.Path, config: RunConfig) -> None:
 
 
 def restore(
-    config: RunConfig, trainer: Trainer, checkpoints: Checkpoints, batches: Loader, before_init: Callable[[], None]
+    config: RunConfig,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    batches: Loader,
+    before_init: Callable[[], None],
+    base: Weights | None = None,
 ) -> TrainState:
-    """The state of the newest checkpoint, with `batches` put where it was; or a new state, after `before_init`."""
+    """The state of the newest checkpoint, with `batches` put where it was; or a new state, after `before_init`. What
+    LoRA does not train is taken from its base in both."""
+    of_lora = base is not None
 
     def abstract():
-        return split_leaves(trainer.abstract)
+        leaves = split_leaves(trainer.abstract, of_lora)
+        return leaves.model, leaves.training
 
+    fixed = split_leaves(trainer.abstract, of_lora).base
     saved = checkpoints.newest(abstract=abstract)
     if saved is None:
         before_init()
         with compiling("the first parameters", say_first):
-            state = jax.block_until_ready(trainer.init())
+            state = jax.block_until_ready(trainer.init_learned())
+        if of_lora:
+            fixed = arrays_of(base, config.model, fixed, all_of_them=True)
+            return with_leaves(trainer.abstract, {**named_leaves(state), **fixed})
         if config.init_from is not None:
-            model, training = split_leaves(state)
-            state = with_leaves(state, {**initial_weights(config.init_from, config.model, model), **training})
+            leaves = split_leaves(state)
+            model = initial_weights(config.init_from, config.model, leaves.model)
+            state = with_leaves(state, {**model, **leaves.training})
         return state
     batches.set_state(merge_states(saved.progress.get("data")))
-    return with_leaves(trainer.abstract, {**saved.model, **saved.training})
+    fixed = arrays_of(base, config.model, fixed, all_of_them=True) if of_lora else {}
+    return with_leaves(trainer.abstract, {**saved.model, **saved.training, **fixed})
 
 
-def split_leaves(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A state's arrays by name: the model's, and all others."""
-    leaves = named_leaves(state)
-    model = {name for name in leaves if name.startswith(("params.", "bias."))}
-    return (
-        {name: leaf for name, leaf in leaves.items() if name in model},
-        {name: leaf for name, leaf in leaves.items() if name not in model},
-    )
+class Leaves(NamedTuple):
+    """A state's arrays by name."""
+
+    model: dict[str, Any]  # what a checkpoint has as the model: with LoRA, its factors
+    training: dict[str, Any]
+    base: dict[str, Any]  # what LoRA's base has, and no checkpoint
+
+
+def split_leaves(state: TrainState, of_lora: bool = False) -> Leaves:
+    leaves, named = Leaves({}, {}, {}), named_leaves(state)
+    for name, leaf in named.items():
+        kind = name.partition(".")[0]
+        if kind == "fixed" or (of_lora and kind == "bias"):
+            leaves.base[name] = leaf
+        else:
+            (leaves.model if kind in ("params", "bias") else leaves.training)[name] = leaf
+    return leaves
 
 
 def run_steps(
@@ -282,9 +335,9 @@ def run_steps(
             return
         log.flush()  # so that what is logged up to here is kept before the checkpoint says that it was done
         jax.block_until_ready(state)  # what the processes tell each other must not meet the collectives of a step
-        model, training = split_leaves(state)
+        leaves = split_leaves(state, config.lora.rank > 0)
         places = all_processes(stage.batches.get_state())
-        checkpoints.save(step, model, training, {"step": step, "data": places})
+        checkpoints.save(step, leaves.model, leaves.training, {"step": step, "data": places})
 
     profile = Profile(config, parts.directory, first, log)
     while step < config.steps:
@@ -357,7 +410,11 @@ class CompiledStep:
             batch_shardings(mesh, images=data.tiles_per_row > 0),
         )
         with jax.set_mesh(mesh):  # of this thread
-            return jitted.lower(self._trainer.abstract, batch, None).compile()
+            compiled = jitted.lower(self._trainer.abstract, batch, None).compile()
+        # What is compiled ahead takes no int4 that was put on a CPU, since JAX names its layout otherwise. It is then
+        # called as usual, and taken from the cache of what was compiled.
+        has_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(self._trainer.abstract))
+        return jitted if has_int4 else compiled
 
 
 @contextlib.contextmanager
@@ -392,7 +449,8 @@ class Rate:
     def __init__(self, config: RunConfig, peak: float | None):
         self._tokens_per_step = config.data.batch_size * config.data.seq_len
         tiles = config.data.batch_size * config.data.tiles_per_row * train_flops_per_tile(config.model)
-        tokens = self._tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
+        learn = not config.lora.rank
+        tokens = self._tokens_per_step * train_flops_per_token(config.model, config.data.seq_len, weights_learn=learn)
         self._flops_per_step = tokens + tiles
         self._peak = peak
         self.seconds_per_step: float | None = None
@@ -453,12 +511,12 @@ def make_evaluation(trainer: Trainer, rows: Rows) -> Callable[[TrainState, Itera
     """Compiled once for a run."""
 
     @jax.jit
-    def sums(params: nnx.State, bias: nnx.State, batch: Batch):
-        model = nnx.merge(trainer.graphdef, params, bias)
+    def sums(params: nnx.State, fixed: nnx.State, bias: nnx.State, batch: Batch):
+        model = nnx.merge(trainer.graphdef, params, fixed, bias)
         hidden, _ = model.hidden(
             batch.tokens, images=batch.images, positions=batch.positions, segment_ids=batch.segment_ids
         )
-        scores = token_scores(hidden, model.lm_head.kernel[...], batch.targets)
+        scores = token_scores(hidden, model.head(), batch.targets)
         counts = batch.weights > 0
 
         def documents_with(tokens):  # [B, T + 1]: document 0 is padding
@@ -472,7 +530,7 @@ def make_evaluation(trainer: Trainer, rows: Rows) -> Callable[[TrainState, Itera
     def evaluate(state: TrainState, heldout: Iterable[Batch]) -> Heldout:
         nats, length, exact, replies = 0.0, 0, 0, 0
         for batch in heldout:
-            found = jax.device_get(sums(state.params, state.bias, rows.on_devices(batch)))
+            found = jax.device_get(sums(state.params, state.fixed, state.bias, rows.on_devices(batch)))
             nats, length = nats + float(found[0]), length + int(found[1])
             exact, replies = exact + int(found[2]), replies + int(found[3])
         return Heldout(nats / math.log(2) / length if length else None, exact, replies)
@@ -548,6 +606,11 @@ def describe(config: RunConfig, parts: Parts, step: int, log: Log) -> None:
         f"{config.data.batch_size} x {config.data.seq_len} tokens a step; mesh: {mesh}"
     )
     share = parts.share_of_targets
+    if config.lora.rank:
+        learned = sum(leaf.size for leaf in jax.tree.leaves(parts.trainer.abstract.params))
+        log.say(
+            f"{learned / 1e6:,.2f} M of adapters learn, of rank {config.lora.rank}; the base stays: {config.init_from}"
+        )
     log.say(f"{'all' if share == 1 else f'{share:.1%}'} of the tokens are targets of the loss, in the first batches")
     log.say(f"figures: {parts.directory / 'metrics.jsonl'}, and in a browser by")
     log.say(f"  pip install tensorboard && tensorboard --logdir {shlex.quote(str(parts.directory / 'tensorboard'))}")
@@ -559,7 +622,7 @@ def show_sample(
     config: RunConfig, trainer: Trainer, state: TrainState, tokenizer: Tokenizer, run: epath.Path, log: Log
 ) -> None:
     """Something that the trained model writes, and the command for more."""
-    model = nnx.merge(trainer.graphdef, state.params, state.bias)
+    model = model_of(trainer.graphdef, state)
     prompt = tokenizer.encode(config.sample_prompt, bos=True)
     room = config.model.context_length - len(prompt)
     (tokens,) = generate(

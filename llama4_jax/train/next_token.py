@@ -10,5 +10,6 @@ def next_token(model: Llama4, batch: Batch, frozen: None = None) -> LossOutput:
     hidden, router = model.hidden(
         batch.tokens, images=batch.images, positions=batch.positions, segment_ids=batch.segment_ids
     )
-    total, weight = linear_cross_entropy(hidden, model.lm_head.kernel[...], batch.targets, batch.weights)
+    how = {"head_learns": model.head_learns}
+    total, weight = linear_cross_entropy(hidden, model.head(), batch.targets, batch.weights, **how)
     return LossOutput(total, weight, router)

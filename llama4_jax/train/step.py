@@ -14,23 +14,28 @@ from jaxtyping import Array, Float, Int
 from llama4_jax.config import RunConfig
 from llama4_jax.data.batch import Batch
 from llama4_jax.model.llama4 import Llama4
+from llama4_jax.model.lora import Factor, Noise, adapted, new_noise
 from llama4_jax.model.moe import BalanceBias
+from llama4_jax.model.quantized import matrices, quantized
 from llama4_jax.sharding import activation_sharding, parameter_sharding
 from llama4_jax.train.balance import BalanceMetrics, balance_loss, balance_metrics, moved_bias
 from llama4_jax.train.freeze import changes, frozen_at, restored, without_gradient
 from llama4_jax.train.optimizer import at_step, learning_rate, make_optimizer
 from llama4_jax.train.stage import Loss, LossOutput
+from llama4_jax.weights.load import QuantizedMatrices
+from llama4_jax.weights.table import SCALE
 
 
 class TrainState(NamedTuple):
-    """Everything that changes from step to step."""
+    """Everything that changes from step to step, and the parameters that never do."""
 
     step: Int[Array, ""]  # steps taken, those left out included: what the learning rate and the data go by
-    params: nnx.State
+    params: nnx.State  # that learn: all, or with LoRA its factors
     bias: nnx.State  # of loss-free balancing; empty without
     optimizer: optax.OptState
     skipped: Int[Array, ""]  # updates left out so far, since the loss or a gradient was not finite
     bad_steps: Int[Array, ""]  # how many of them in a row, just now
+    fixed: nnx.State = nnx.State({})  # parameters that do not learn, with neither gradients nor moments: LoRA's base
 
 
 class StepMetrics(NamedTuple):
@@ -44,22 +49,42 @@ class StepMetrics(NamedTuple):
     balance: BalanceMetrics | None
 
 
-def make_model(config: RunConfig, seed: int | Array) -> Llama4:
-    return Llama4(
+def make_model(
+    config: RunConfig, seed: int | Array, base: QuantizedMatrices | None = None, *, dropout: bool = False
+) -> Llama4:
+    """The model of a run.
+
+    - base: how the matrices of LoRA's base are quantized; None: they are not
+    - dropout: with the noise of LoRA's dropout, which `new_noise` fills
+    """
+    model = Llama4(
         config.model, precision=config.precision, scan_layers=config.scan_layers, remat=config.remat, seed=seed
     )
+    if base is not None:
+        model = quantized(model, base.scheme, activations="float", keep_scanned=True)
+        for matrix in matrices(model):
+            scale = getattr(matrix.module, f"{matrix.attribute}{SCALE}")
+            if scale is not None:  # as precise as they are stored
+                scale.set_value(scale.get_value().astype(base.scale_dtype(matrix.name + SCALE)))
+    return adapted(model, config.lora, seed=seed, dropout=dropout) if config.lora.rank else model
 
 
 def split_model(model: Llama4) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The structure, the parameters that gradients move, and the balance biases that they do not."""
+    """The structure, the parameters, and the balance biases that gradients do not move."""
     return nnx.split(model, nnx.Param, BalanceBias)
 
 
 def first_state(model: Llama4, optimizer: optax.GradientTransformation) -> TrainState:
     """What training this model starts from."""
-    _, params, bias = split_model(model)
+    _, factors, params, bias, _ = nnx.split(model, Factor, nnx.Param, BalanceBias, ...)
+    learned, fixed = (factors, params) if jax.tree.leaves(factors) else (params, factors)
     step, skipped, bad_steps = (jnp.zeros((), jnp.int32) for _ in range(3))  # each its own, as each is donated
-    return TrainState(step, params, bias, optimizer.init(_float32(params)), skipped, bad_steps)
+    return TrainState(step, learned, bias, optimizer.init(_float32(learned)), skipped, bad_steps, fixed)
+
+
+def model_of(graphdef: nnx.GraphDef, state: TrainState) -> Llama4:
+    """The model of a state, whose structure is given."""
+    return nnx.merge(graphdef, state.params, state.fixed, state.bias)
 
 
 Step = Callable[[TrainState, Batch, Any], tuple[TrainState, StepMetrics]]  # donates the state
@@ -72,6 +97,8 @@ class Trainer(NamedTuple):
     mesh: Mesh | AbstractMesh
     abstract: TrainState  # shapes, dtypes and shardings
     init: Callable[[], TrainState]
+    # The same without what LoRA takes from its base, parameters and biases that do not learn, of which there are none.
+    init_learned: Callable[[], TrainState]
     step_at: Callable[[int], Step]  # which update follows so many others: they differ in what is frozen
 
     @property
@@ -80,16 +107,29 @@ class Trainer(NamedTuple):
         return self.step_at(0)
 
 
-def make_trainer(config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss) -> Trainer:
+def make_trainer(
+    config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss, base: QuantizedMatrices | None = None
+) -> Trainer:
     """Nothing is compiled or allocated yet; on an AbstractMesh nothing can be, and the run is only described.
 
-    Raises ValueError if the mesh does not divide a parameter, and for a config that freezes what is not there.
+    - base: how the matrices of LoRA's base are quantized; None: they are not
+
+    Raises ValueError if the mesh does not divide a parameter, for a config that freezes what is not there, and for
+    LoRA's targets and rank as `adapted` does.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed)))
+    graphdef, _, _ = split_model(nnx.eval_shape(lambda: make_model(config, config.seed, base)))
+    training = _Structure(graphdef, nnx.State({}))
+    if config.lora.dropout:
+        noisy = nnx.eval_shape(lambda: make_model(config, config.seed, base, dropout=True))
+        noisy_graphdef, noise, _ = nnx.split(noisy, Noise, ...)
+        training = _Structure(noisy_graphdef, noise)
 
     def init() -> TrainState:
-        return first_state(make_model(config, config.seed), optimizer)
+        return first_state(make_model(config, config.seed, base), optimizer)
+
+    def init_learned() -> TrainState:
+        return _without_base(init())
 
     shapes = jax.eval_shape(init)
     shardings = state_shardings(shapes, mesh)
@@ -99,7 +139,7 @@ def make_trainer(config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss) -> Tr
     @functools.cache
     def compiled(still: frozenset[str]) -> Step:
         def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, StepMetrics]:
-            return update(config, graphdef, optimizer, loss, state, batch, frozen, still)
+            return update(config, training, optimizer, loss, state, batch, frozen, still)
 
         return jax.jit(
             step,
@@ -111,7 +151,13 @@ def make_trainer(config: RunConfig, mesh: Mesh | AbstractMesh, loss: Loss) -> Tr
     def step_at(step: int) -> Step:
         return compiled(frozen_sets[max(since for since in frozen_sets if since <= step)])
 
-    return Trainer(graphdef, mesh, abstract, jax.jit(init, out_shardings=shardings), step_at)
+    first = jax.jit(init, out_shardings=shardings)
+    first_learned = jax.jit(init_learned, out_shardings=_without_base(shardings)) if config.lora.rank else first
+    return Trainer(graphdef, mesh, abstract, first, first_learned, step_at)
+
+
+def _without_base(state: TrainState) -> TrainState:
+    return state._replace(fixed=nnx.State({}), bias=nnx.State({}))
 
 
 def batch_shardings(mesh: Mesh | AbstractMesh, *, images: bool) -> Batch:
@@ -135,7 +181,7 @@ def state_shardings(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
 
 def update(
     config: RunConfig,
-    graphdef: nnx.GraphDef,
+    structure: "_Structure",
     optimizer: optax.GradientTransformation,
     loss: Loss,
     state: TrainState,
@@ -148,15 +194,15 @@ def update(
     `still`: names of the parameters that are left as they are.
     """
 
-    def objective(params: nnx.State, batch: Batch):
-        params = without_gradient(params, still)
-        out = loss(nnx.merge(graphdef, params, state.bias), batch, frozen)
+    def objective(params: nnx.State, batch: Batch, part: Int[Array, ""] | int):
+        now = state._replace(params=without_gradient(params, still))
+        out = loss(structure.model(now, config.seed, part), batch, frozen)
         aux = 0.0 if out.router is None else balance_loss(out.router, config.balance)
         return out.total + out.weight * aux, out
 
     grad = jax.grad(objective, has_aux=True)
     if config.grad_accumulation == 1:
-        grads, out = grad(state.params, batch)
+        grads, out = grad(state.params, batch, 0)
     else:
         grads, out = _accumulate(grad, state.params, batch, config.grad_accumulation)
     weight = jnp.maximum(out.weight, 1)
@@ -172,7 +218,7 @@ def update(
     new_optimizer = restored(new_optimizer, state.optimizer, still)
     new_bias = state.bias
     if out.router is not None and config.balance.bias_rate:
-        new_bias = _move_biases(graphdef, state, out.router.counts, config.balance.bias_rate)
+        new_bias = _move_biases(structure.graphdef, state, out.router.counts, config.balance.bias_rate)
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
@@ -184,6 +230,7 @@ def update(
         optimizer=keep(new_optimizer, state.optimizer),
         skipped=state.skipped + ~good,
         bad_steps=jnp.where(good, 0, state.bad_steps + 1),
+        fixed=state.fixed,
     )
     metrics = StepMetrics(
         loss=mean_loss,
@@ -198,22 +245,39 @@ def update(
     return new_state, metrics
 
 
+class _Structure(NamedTuple):
+    """Of the model in training."""
+
+    graphdef: nnx.GraphDef
+    noise: nnx.State  # shapes of LoRA's dropout; empty without
+
+    def model(self, state: TrainState, seed: int, part: Int[Array, ""] | int) -> Llama4:
+        """For a micro-batch of this number in a step."""
+        if not jax.tree.leaves(self.noise):
+            return model_of(self.graphdef, state)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.noise)
+        model = nnx.merge(self.graphdef, state.params, state.fixed, state.bias, zeros)
+        new_noise(model, jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), part))
+        return model
+
+
 def _accumulate(grad: Callable, params: nnx.State, batch: Batch, parts: int):
     """Sums of gradients and losses over micro-batches, in float32, one after another."""
     # Every part takes rows from all over the batch, so that each device keeps its own.
     split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def sums(params: nnx.State, part: Batch):
-        grads, out = grad(params, part)
+    def sums(params: nnx.State, part: Batch, number: Int[Array, ""]):
+        grads, out = grad(params, part, number)
         return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, _times_counts(out, 1)))
 
-    shapes = jax.eval_shape(sums, params, jax.tree.map(lambda x: x[0], split))
+    numbered = split, jnp.arange(parts)
+    shapes = jax.eval_shape(sums, params, *jax.tree.map(lambda x: x[0], numbered))
     zeros = jax.tree.map(jnp.zeros_like, shapes)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, sums(params, part)), None
+        return jax.tree.map(jnp.add, total, sums(params, *part)), None
 
-    (grads, out), _ = jax.lax.scan(add, zeros, split)
+    (grads, out), _ = jax.lax.scan(add, zeros, numbered)
     return grads, _times_counts(out, -1)
 
 
@@ -228,7 +292,7 @@ def _times_counts(out: LossOutput, power: Literal[1, -1]) -> LossOutput:
 
 
 def _move_biases(graphdef: nnx.GraphDef, state: TrainState, counts: Float[Array, "layers E"], rate: float) -> nnx.State:
-    model = nnx.merge(graphdef, state.params, state.bias, copy=True)  # else the old biases would move too
+    model = nnx.merge(graphdef, state.params, state.fixed, state.bias, copy=True)  # else the old biases would move too
     model.decoder.map_balance_biases(lambda bias, counts: moved_bias(bias, counts, rate), counts)
     return split_model(model)[2]
 

@@ -2,6 +2,7 @@
 
     convert   a Hugging Face or Meta directory → one of ours (Orbax)
     export    one of ours → a Hugging Face or Meta directory
+    merge     one of ours with LoRA's adapters → one with whole weights (whatever else reads weights merges them, too)
 
 Several threads each read a part, put its axes in order and write it, so that the three overlap. Everything is written
 beside the destination and renamed when it is complete: a destination that exists is whole. A list of finished tensors
@@ -26,10 +27,12 @@ from llama4_jax.inputs.tokenizer import BPE_FILE, BYTES_FILE, load_tokenizer
 from llama4_jax.model.config import ModelConfig, VisionConfig
 from llama4_jax.untrusted_json import read_json
 from llama4_jax.weights import hf_config, meta_config, table
+from llama4_jax.weights.adapters import MergedWeights
 from llama4_jax.weights.digests import write_digests
 from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.mapped import FileTensor
 from llama4_jax.weights.meta_files import PARAMS, create_pth, read_pth
+from llama4_jax.weights.peft import export_peft, import_peft, is_peft
 from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.safetensors import INDEX, SINGLE, SafetensorsFile, create_safetensors
 from llama4_jax.weights.source import FileWeights, Weights, open_weights, source_format
@@ -62,15 +65,18 @@ def convert(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     keep_quantized: bool = False,
+    base: str | Path | None = None,
     verify: bool = False,
     report: Report = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Done:
-    """Makes a directory of ours, with an Orbax checkpoint, of a Hugging Face or Meta directory.
+    """Makes a directory of ours, with an Orbax checkpoint, of a Hugging Face or Meta directory; or of a PEFT directory
+    one that holds its adapters (`peft.import_peft`).
 
     - dtype: of all tensors; None keeps each as it is (quantized ones become bfloat16)
     - keep_quantized: values of 8 or 4 bits are kept as they are, bit for bit, and their scales beside them in float32;
       `dtype` is then of the other tensors
+    - base: of PEFT's adapters, the directory that they belong on; None: the one that they name
     - verify: read everything back when it is written, and compare it bit for bit
     - say: is told how the config differs from the preset of its sizes, a line a field
 
@@ -79,10 +85,11 @@ def convert(
     model cannot hold; OSError if there is no room. The source is never written, and what is finished is kept for the
     same command to go on with.
     """
-    # Here, since Orbax takes a second to import.
-    from llama4_jax.weights.orbax_arrays import create_array
-
     source, destination = Path(model_directory(source)), Path(destination)
+    if is_peft(source):
+        return import_peft(source, destination, base)
+    if base is not None:
+        raise ValueError(f"base is what adapters belong on, and {source} holds none: leave it out.")
     weights = open_weights(source, keep_quantized=keep_quantized)
     if not isinstance(weights, FileWeights):
         raise ValueError(f"{source} is a directory of ours already. To write another format: llama4 export.")
@@ -99,26 +106,62 @@ def convert(
     jobs = [Job(name, weights.shape(name), target) for name, target in targets.items()]
     identity = {"from": identity_of(source), "dtype": dtype, "keep_quantized": keep_quantized, "arrays": "zarr3"}
     with Workplace(destination, identity, jobs) as work:
-
-        def prepare(job: Job) -> Write:
-            chunk = weights.parts(job.name, PART_BYTES * weights.dtype(job.name).itemsize // job.dtype.itemsize)
-            array_path = work.array(job.name)
-            array = create_array(array_path, job.shape, job.dtype, chunk)
-
-            def write(part: Index) -> None:
-                values = finite(weights.read(job.name, part), job.name).astype(job.dtype, copy=False)
-                array.write(part, values)
-                if verify:
-                    same(job.name, values, array.read(part))
-
-            return Write(chunk, write, lambda: filter(Path.is_file, array_path.rglob("*")))
-
-        work.run(prepare, report)
+        work.run(lambda job: copying(weights, work, job, verify), report)
         config_json = converted_to_json(weights.config, dict(weights.provenance), quantization)
         made = make_run(work, [job.name for job in jobs], config_json, source)
         original = "config.json" if weights.format == "hf" else PARAMS
         write_atomically(made / SOURCE_CONFIG, (source / original).read_bytes())
         work.finish(made)
+    return work.done
+
+
+def copying(weights: Weights, work: Workplace, job: Job, verify: bool) -> Write:
+    """How a tensor is written as one of ours, in the job's dtype."""
+    # Here, since Orbax takes a second to import.
+    from llama4_jax.weights.orbax_arrays import create_array
+
+    chunk = weights.parts(job.name, PART_BYTES * weights.dtype(job.name).itemsize // job.dtype.itemsize)
+    array_path = work.array(job.name)
+    array = create_array(array_path, job.shape, job.dtype, chunk)
+
+    def write(part: Index) -> None:
+        values = finite(weights.read(job.name, part), job.name).astype(job.dtype, copy=False)
+        array.write(part, values)
+        if verify:
+            same(job.name, values, array.read(part))
+
+    return Write(chunk, write, lambda: filter(Path.is_file, array_path.rglob("*")))
+
+
+def merge(
+    run: str | Path,
+    destination: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    verify: bool = False,
+    report: Report = lambda done, total: None,
+) -> Done:
+    """Makes a directory of ours of a directory with adapters: its base, with them added to its matrices.
+
+    - dtype: of all tensors; None keeps each as the base has it. Quantized ones become bfloat16 (`llama4 quantize` makes
+      few bits of them again)
+    - verify, report: as for `convert`
+
+    Raises as `convert` does, ValueError for a directory without adapters, and as `adapters.open_base` does.
+    """
+    run, destination = Path(run), Path(destination)
+    weights = open_weights(run)
+    if not isinstance(weights, MergedWeights):
+        raise ValueError(f"{run} holds no adapters: there is nothing to merge.")
+    jobs = [Job(name, weights.shape(name), _target(weights, name, dtype)) for name in weights.names]
+    base = Path(weights.base.path)
+    identity = {"merge": identity_of(run), "base": str(base), "dtype": dtype, "arrays": "zarr3"}
+    with Workplace(destination, identity, jobs) as work:
+        work.run(lambda job: copying(weights, work, job, verify), report)
+        config_json = json.loads(converted_to_json(weights.config, dict(weights.provenance)))
+        data = read_json(run / "config.json", of=dict).get("data")  # how the run cut pictures
+        config_json |= {} if data is None else {"data": data}
+        work.finish(make_run(work, [job.name for job in jobs], json.dumps(config_json, indent=1), run))
     return work.done
 
 
@@ -165,13 +208,14 @@ def export(
     run: str | Path,
     destination: str | Path,
     *,
-    format: Literal["hf", "meta"],
+    format: Literal["hf", "meta", "peft"],
     shards: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     verify: bool = False,
     report: Report = lambda done, total: None,
 ) -> Done:
-    """Writes the newest checkpoint of a directory of ours as a Hugging Face or Meta directory.
+    """Writes the newest checkpoint of a directory of ours as a Hugging Face or Meta directory. Adapters are merged, or
+    with "peft" written alone, as that library has them (`peft.export_peft`).
 
     - shards: files; Meta's are one for each model-parallel rank. None: for Hugging Face as many as hold 5 GB each, for
       Meta one
@@ -182,6 +226,8 @@ def export(
     run, destination = Path(run), Path(destination)
     if source_format(run) != "run":
         raise ValueError(f"{run} is no directory of ours. Convert it first: llama4 convert {run} DESTINATION.")
+    if format == "peft":
+        return export_peft(run, destination)
     if shards is not None and shards < 1:
         raise ValueError(f"shards must be at least 1, got {shards}.")
     weights = open_weights(run)

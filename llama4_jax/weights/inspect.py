@@ -7,13 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama4_jax.atomic import AnyPath, any_path
-from llama4_jax.untrusted_json import shortened
+from llama4_jax.hub import model_directory
+from llama4_jax.untrusted_json import read_json, shortened
+from llama4_jax.weights.adapters import BASE, Base
 from llama4_jax.weights.digests import DIGESTS
 from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.meta_files import read_pth
 from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.safetensors import SafetensorsFile
-from llama4_jax.weights.source import FileWeights, RunWeights, Weights, open_weights, run_steps, source_format
+from llama4_jax.weights.source import (
+    FileWeights,
+    RunWeights,
+    Weights,
+    newest_weights,
+    open_weights,
+    run_steps,
+    source_format,
+)
 from llama4_jax.weights.table import SCALE
 
 _FORMATS = {"hf": "Hugging Face", "meta": "Meta", "run": "Orbax (ours)"}
@@ -26,7 +36,7 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
 
     Reads no values. Raises as `open_weights` does.
     """
-    weights = open_weights(path)
+    weights = _held(path)
     lines = [
         f"{path}: {_format(weights)}",
         f"Checksums: {_checksums(weights)}",
@@ -43,6 +53,12 @@ def describe(path: str | Path, *, every_tensor: bool = False) -> str:
         lines += ["", *weights.notices]
     lines += ["", *_tensors(weights, every_tensor)]
     return "\n".join(lines)
+
+
+def _held(path: str | Path) -> Weights:
+    """What a directory holds itself: of one with adapters these, and not its base."""
+    path = model_directory(path)
+    return newest_weights(path) if source_format(path) == "run" else open_weights(path)
 
 
 def verify(path: str | Path, say: Callable[[str], None]) -> list[str]:
@@ -112,7 +128,12 @@ def _format(weights: Weights) -> str:
         )
         return name + ranks + passed_over
     assert isinstance(weights, RunWeights)
-    return f"{name}, checkpoint {weights.step}"
+    if weights.lora is None:
+        return f"{name}, checkpoint {weights.step}"
+    lora, base = weights.lora, read_json(weights.path / BASE, of=Base)
+    of_step = "" if base.step is None else f", step {base.step}"
+    of_rank = f"adapters of rank {lora.rank}, scale {lora.scale:g}"
+    return f"{name}, checkpoint {weights.step}: {of_rank}, for {base.path}{of_step}"
 
 
 def _value(value) -> str:

@@ -6,7 +6,8 @@ two copies of the model. On a mesh each device takes its own part, and a host re
 
 import dataclasses
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from jax.sharding import Mesh, Sharding
 
 from llama4_jax.atomic import AnyPath
 from llama4_jax.hub import model_directory
-from llama4_jax.model.config import ModelConfig, Precision, difference
+from llama4_jax.model.config import LoraConfig, ModelConfig, Precision, difference
 from llama4_jax.model.llama4 import Llama4, check_implementations, choose_implementations
+from llama4_jax.model.lora import Factor, adapted
 from llama4_jax.model.presets import PRESETS
 from llama4_jax.model.quantized import quantized
-from llama4_jax.ops.quantization import is_quantized_dtype
+from llama4_jax.ops.quantization import Scheme, is_quantized_dtype
 from llama4_jax.ops.quantized_matmul import ACTIVATIONS
 from llama4_jax.sharding import SERVING, parameter_sharding
+from llama4_jax.weights.adapters import open_base
 from llama4_jax.weights.quantized import Parameters
 from llama4_jax.weights.source import (
     RunWeights,
@@ -35,6 +38,8 @@ from llama4_jax.weights.source import (
     source_format,
 )
 from llama4_jax.weights.table import SCALE
+
+T = TypeVar("T")
 
 
 def from_pretrained(
@@ -51,8 +56,9 @@ def from_pretrained(
 
     - path: a Hugging Face directory (config.json and *.safetensors, one file or shards), a Meta directory (params.json
       and consolidated.*.pth), or a directory of ours: a run of `train.py`, or what `llama4 convert` or `llama4
-      quantize` made. Of these the newest whole checkpoint is taken. A name as ORG/NAME that is no directory is looked
-      for on the Hugging Face Hub (`hub.model_directory`).
+      quantize` made. Of these the newest whole checkpoint is taken. The model of adapters is their base, quantized or
+      not, with them beside its matrices, not merged. A name as ORG/NAME that is no directory is looked for on the
+      Hugging Face Hub (`hub.model_directory`).
     - mesh: places each parameter on it, by the rules `sharding.SERVING`; without, all are on the default device
     - dtype: of parameters and computation, "float32" or "bfloat16"; logits are float32
     - keep_quantized: of a published checkpoint, quantized weights stay as they are; else they are dequantized. Those of
@@ -84,7 +90,8 @@ def from_pretrained(
 def load(weights: Weights, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
     """The model of these weights. Raises ValueError for a tensor that is missing, unknown or of another shape, and
     for a mesh that does not divide one, before anything is read."""
-    return _fill(_empty_model(weights, precision, mesh, activations))
+    empty = _empty_model(weights, precision, mesh, activations)
+    return _fill(empty, empty.variables)
 
 
 def initial_weights(path: epath.PathLike, config: ModelConfig, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -93,36 +100,52 @@ def initial_weights(path: epath.PathLike, config: ModelConfig, leaves: dict[str,
     A model with a vision encoder, or with balance biases, may begin from one without: these stay as they are. Raises
     ValueError for weights that do not fit, and what `open_weights` raises.
     """
-    weights = open_weights(path)
+    return arrays_of(open_weights(path), config, leaves)
+
+
+def arrays_of(
+    weights: Weights,
+    config: ModelConfig,
+    leaves: dict[str, jax.Array | jax.ShapeDtypeStruct],
+    *,
+    all_of_them: bool = False,
+) -> dict[str, jax.Array]:
+    """`initial_weights` of weights that are open.
+
+    - leaves: or shapes with dtypes and shardings; those of quantized matrices have a name that ends in `_scale` beside
+    - all_of_them: the weights must have every one
+    """
+    parameters = Parameters(weights)
     places = locate({name: leaf.shape for name, leaf in leaves.items()}, config)
     parts: dict[str, dict[int | None, str]] = {}
     for ours, (name, step) in places.items():
         parts.setdefault(name, {})[step] = ours
     known = set(weights.names)
-    scaled = [name for name in weights.names if name.endswith(SCALE)]
+    scaled = [name for name in weights.names if name.endswith(SCALE) and name not in places]
     if scaled:
         raise ValueError(
-            f"init_from: {path} is quantized ({scaled[0].removesuffix(SCALE)} …), and quantized weights do not learn: "
-            f"begin with those that it was made of."
+            f"init_from: {weights.path} is quantized ({scaled[0].removesuffix(SCALE)} …), and quantized weights do not "
+            f"learn: begin with those that it was made of, or train adapters beside them (--lora.rank 16)."
         )
     absent = () if weights.config.vision is not None else ("vision.", "projector.")
     new = {ours for ours in places if ours.startswith(absent)}
     if not weights.config.router_bias:  # balance biases begin at 0, which is to have none
         new |= {ours for ours in places if ours.endswith(".moe.bias")}
+    new = set() if all_of_them else new
     problems = [f"{ours} is not there" for ours in sorted(places.keys() - known - new)]
     problems += [f"the model has no place for {ours}" for ours in sorted(known - places.keys())]
     for ours in sorted(known & places.keys()):
         name, step = places[ours]
         expected = leaves[name].shape[step is not None :]
-        if weights.shape(ours) != expected:
-            problems.append(f"{ours} has the shape {weights.shape(ours)}, but the model makes it {expected}")
+        if parameters.shape(ours) != expected:
+            problems.append(f"{ours} has the shape {parameters.shape(ours)}, but the model makes it {expected}")
     if problems:
         raise ValueError(
-            f"init_from: {path} does not hold this model's tensors, {len(problems)} point(s):\n  "
+            f"init_from: {weights.path} does not hold this model's tensors, {len(problems)} point(s):\n  "
             + "\n  ".join(problems[:20])
         )
 
-    def filled(name: str, leaf: jax.Array) -> jax.Array:
+    def filled(name: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         own = parts[name]
         if any(ours in new for ours in own.values()):
             return leaf
@@ -130,14 +153,28 @@ def initial_weights(path: epath.PathLike, config: ModelConfig, leaves: dict[str,
         def part(index: tuple[slice, ...]) -> np.ndarray:
             bounds = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True))
             if None in own:
-                read = weights.read(own[None], bounds)
+                read = parameters.read(own[None], bounds)
             else:
-                read = np.stack([weights.read(own[i], bounds[1:]) for i in range(leaf.shape[0])[bounds[0]]])
+                read = np.stack([parameters.read(own[i], bounds[1:]) for i in range(leaf.shape[0])[bounds[0]]])
             return np.ascontiguousarray(read).astype(leaf.dtype)
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
     return {name: filled(name, leaf) for name, leaf in leaves.items()}
+
+
+class QuantizedMatrices(NamedTuple):
+    """How the matrices of some weights are quantized."""
+
+    scheme: Callable[[str], Scheme | None]  # of a matrix of this name; None: it is not
+    scale_dtype: Callable[[str], np.dtype]  # of the scales of this name
+
+
+def quantized_matrices(weights: Weights) -> QuantizedMatrices | None:
+    """None if none is."""
+    parameters = Parameters(weights)
+    any_is = any(parameters.is_quantized(name) for name in weights.names)
+    return QuantizedMatrices(parameters.scheme, parameters.dtype) if any_is else None
 
 
 class _EmptyModel(NamedTuple):
@@ -185,10 +222,11 @@ def _empty_model(weights: Weights, precision: Precision, mesh: Mesh | None, acti
     return _EmptyModel(model, variables, places, Parameters(weights))
 
 
-def _fill(empty: _EmptyModel) -> Llama4:
-    for name, variable in empty.variables.items():
-        expected = variable.get_value()
-        variable.set_value(_put(empty.parameters, name, expected.dtype, empty.places[name]))
+def _fill(empty: _EmptyModel, names: Iterable[str]) -> Llama4:
+    """The model, with the variables of these names read."""
+    for name in names:
+        variable = empty.variables[name]
+        variable.set_value(_put(empty.parameters, name, variable.get_value().dtype, empty.places[name]))
     return empty.model
 
 
@@ -215,15 +253,61 @@ def _put(parameters: Parameters, name: str, dtype: jnp.dtype, place: Sharding | 
 def named_variables(model: Llama4) -> dict[str, nnx.Variable]:
     """The variables of a model whose layers are one by one, by the names of `weights.table`: attributes joined by
     dots, with `layers.3.` for the fourth layer."""
+    return named_paths(nnx.state(model))
+
+
+def named_paths(state: nnx.State) -> dict[str, nnx.Variable]:
+    """`named_variables` of a state of such a model."""
     return {
         ".".join(map(str, path)).replace("decoder.rest.", "layers.").replace("vision.rest.", "vision.layers."): variable
-        for path, variable in nnx.to_flat_state(nnx.state(model))
+        for path, variable in nnx.to_flat_state(state)
     }
 
 
 def load_run(run: AnyPath, *, precision: Precision, mesh: Mesh | None, activations: str = "auto") -> Llama4:
     """The model of a run directory's newest readable checkpoint, also while another process trains the run and replaces
     its checkpoints. Each that is damaged is said on stderr. Raises as `from_pretrained` does."""
+    if (lora := saved_model(run).lora) is not None:
+        return _load_adapted(run, lora, precision, mesh, activations)
+
+    def begin(weights: RunWeights) -> Callable[[], Llama4]:
+        empty = _empty_model(weights, precision, mesh, activations)
+        return lambda: _fill(empty, empty.variables)
+
+    return _of_newest(run, begin)
+
+
+def _load_adapted(run: AnyPath, lora: LoraConfig, precision: Precision, mesh: Mesh | None, activations: str) -> Llama4:
+    """The base with the factors beside its matrices, which stay as they are: quantized, perhaps."""
+    model = load(open_base(run), precision=precision, mesh=mesh, activations=activations)
+
+    def with_factors() -> Llama4:
+        return adapted(nnx.merge(*nnx.split(model)), lora)
+
+    factors = {name: v for name, v in named_variables(nnx.eval_shape(with_factors)).items() if isinstance(v, Factor)}
+    places = {name: _place(variable, mesh, name) for name, variable in factors.items()}
+
+    def begin(weights: RunWeights) -> Callable[[], dict[str, jax.Array]]:
+        shapes = {name: weights.shape(name) for name in weights.names}
+        wrong = sorted(factors.keys() ^ shapes.keys())
+        wrong += [name for name in factors.keys() & shapes.keys() if shapes[name] != factors[name].get_value().shape]
+        if wrong:
+            raise ValueError(f"{run} does not hold the adapters of its config.json: {', '.join(wrong[:4])}.")
+        parameters = Parameters(weights)
+        return lambda: {name: _put(parameters, name, np.dtype(np.float32), place) for name, place in places.items()}
+
+    values = _of_newest(run, begin)
+    # Their variables are made empty: what is drawn for them is in no use.
+    _, base = nnx.split(model)
+    graphdef, added, _ = nnx.split(nnx.eval_shape(with_factors), Factor, ...)
+    for name, variable in named_paths(added).items():
+        variable.set_value(values[name])
+    return nnx.merge(graphdef, added, base)
+
+
+def _of_newest(run: AnyPath, begin: Callable[[RunWeights], Callable[[], T]]) -> T:
+    """What is made of the newest checkpoint that can be read: `begin` checks what it holds, where what is wrong is no
+    damage, and what that returns reads it."""
     # Here, since Orbax takes a second to import.
     from llama4_jax.weights.checkpoint import LOOKS, all_damaged, replaced_too_often, was_replaced
 
@@ -235,9 +319,9 @@ def load_run(run: AnyPath, *, precision: Precision, mesh: Mesh | None, activatio
             except Exception as error:  # a damaged file may show as anything
                 reasons.append(error)
             else:
-                empty = _empty_model(weights, precision, mesh, activations)  # what is wrong here is no damage
+                read = begin(weights)
                 try:
-                    return _fill(empty)
+                    return read()
                 except (MemoryError, jax.errors.JaxRuntimeError):
                     raise  # nor is this
                 except Exception as error:

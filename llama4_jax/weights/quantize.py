@@ -20,7 +20,7 @@ from llama4_jax.model.quantized import is_of_decoder
 from llama4_jax.ops.quantization import Scheme, amax, encode, num_groups, pack_int4, scale_of
 from llama4_jax.untrusted_json import read_json
 from llama4_jax.weights import table
-from llama4_jax.weights.convert import DTYPES
+from llama4_jax.weights.convert import DTYPES, copying
 from llama4_jax.weights.load import preset_differences
 from llama4_jax.weights.source import FileWeights, Weights, open_weights
 from llama4_jax.weights.table import SCALE, Index, Row, Shape
@@ -65,9 +65,6 @@ def quantize(
     `convert` does. All but values that are not finite is found before anything is written, and what is finished is kept
     for the same command to go on with.
     """
-    # Here, since Orbax takes a second to import.
-    from llama4_jax.weights.orbax_arrays import create_array
-
     source, destination = Path(model_directory(source)), Path(destination)
     weights = open_weights(source)
     tensors = {tensor.name: tensor for tensor in _tensors(weights, scheme, dtype)}
@@ -81,16 +78,7 @@ def quantize(
             tensor = tensors[job.name]
             if isinstance(tensor, _Matrix):
                 return _prepare_matrix(tensor, weights, work, verify)
-            chunk = weights.parts(job.name, PART_BYTES * weights.dtype(job.name).itemsize // job.dtype.itemsize)
-            array = create_array(work.array(job.name), job.shape, job.dtype, chunk)
-
-            def write(part: Index) -> None:
-                values = finite(weights.read(job.name, part), job.name).astype(job.dtype, copy=False)
-                array.write(part, values)
-                if verify:
-                    same(job.name, values, array.read(part))
-
-            return Write(chunk, write, lambda: _files(work.array(job.name)))
+            return copying(weights, work, job, verify)
 
         work.run(prepare, report)
         scales = [name + SCALE for name, tensor in tensors.items() if isinstance(tensor, _Matrix)]

@@ -31,6 +31,7 @@ class Weights(Protocol):
 
     - config, provenance: what model it is, and where each field of that comes from
     - names: of its tensors, as in `weights.table`, in the table's order
+    - step_of_run: of the checkpoint, in a directory of ours; None in others
     """
 
     path: AnyPath
@@ -38,6 +39,7 @@ class Weights(Protocol):
     config: ModelConfig
     provenance: Mapping[str, str]
     names: tuple[str, ...]
+    step_of_run: int | None
 
     def shape(self, name: str) -> Shape: ...
 
@@ -68,6 +70,10 @@ class FileWeights:
     plan: table.Plan = field(repr=False)
     keep_quantized: bool = False
     digests: Digests | None = field(default=None, repr=False)  # of its files, if they came with any
+
+    @property
+    def step_of_run(self) -> None:
+        return None
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -139,12 +145,14 @@ class RunWeights:
         from llama4_jax.weights.checked_arrays import has_checksum
         from llama4_jax.weights.orbax_arrays import StoredArray, stored_arrays
 
-        self.path, self.config, self.step = path, saved.model, step
+        self.path, self.config, self.step, self.lora = path, saved.model, step, saved.lora
         self._known = run_steps(path)
         self.provenance = saved.provenance or dict.fromkeys(vars(saved.model), "config.json of the run")
         stores = stored_arrays(path / "checkpoints" / str(step))
         self.has_checksums = all(map(has_checksum, stores.values()))
-        places = locate({name: tuple(store.shape) for name, store in stores.items()}, self.config)
+        # Adapters may be in some layers alone, which do not show how many are stacked.
+        repeats = None if saved.lora is None else stacked_repeats(self.config, saved.scan_layers)
+        places = locate({name: tuple(store.shape) for name, store in stores.items()}, self.config, repeats)
         order = {row.ours: i for i, row in enumerate(table.rows(self.config))}
         self._arrays = {
             name: StoredArray(stores[places[name][0]], places[name][1])
@@ -154,6 +162,10 @@ class RunWeights:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._arrays)
+
+    @property
+    def step_of_run(self) -> int:
+        return self.step
 
     def shape(self, name: str) -> Shape:
         return self._arrays[name].shape
@@ -222,6 +234,18 @@ def newest_weights(run: AnyPath) -> "RunWeights":
     raise OSError(replaced_too_often(run / "checkpoints"))
 
 
+def weights_at(run: AnyPath, saved: SavedModel, step: int) -> "RunWeights":
+    """Those of a run's checkpoint of this step. Raises FileNotFoundError if it is gone, ValueError if it is damaged."""
+    steps = run_steps(run)
+    if step not in steps:
+        there = ", ".join(map(str, steps))
+        raise FileNotFoundError(f"{run} holds no checkpoint of step {step} any more: it has those of {there}.")
+    try:
+        return RunWeights(run, saved, step)
+    except Exception as error:  # a damaged file may show as anything
+        raise ValueError(damaged(run, step, error)) from error
+
+
 def damaged(run: AnyPath, step: int, error: Exception) -> str:
     from llama4_jax.weights.checked_arrays import reason_of
 
@@ -231,13 +255,26 @@ def damaged(run: AnyPath, step: int, error: Exception) -> str:
     )
 
 
-def locate(stored: Mapping[str, Shape], config: ModelConfig) -> dict[str, tuple[str, int | None]]:
+def stacked_repeats(config: ModelConfig, scan_layers: bool) -> dict[str, int]:
+    """How often the repeating group of each stack of layers is repeated, as `model.stack.Stack` has it."""
+    lengths = {"decoder": (config.num_layers, config.period)}
+    lengths |= {} if config.vision is None else {"vision": (config.vision.num_layers, 1)}
+    repeats = {stack: layers // period if scan_layers else 0 for stack, (layers, period) in lengths.items()}
+    return {stack: number if number > 1 else 0 for stack, number in repeats.items()}
+
+
+def locate(
+    stored: Mapping[str, Shape], config: ModelConfig, repeats: Mapping[str, int] | None = None
+) -> dict[str, tuple[str, int | None]]:
     """Where each of our tensors is among the arrays of a checkpoint, given their shapes: in which, and at which step of
-    its first axis if that stacks the repetitions of a layer."""
+    its first axis if that stacks the repetitions of a layer.
+
+    - repeats: of each stack's group, if the arrays do not show it, since they are not of all layers
+    """
     found: dict[str, tuple[str, int | None]] = {}
     # Of each stack of layers: what our names of its layers begin with, and the length of the group that repeats.
     stacks = {"decoder": (["layers"], config.period), "vision": (["vision", "layers"], 1)}
-    repeats = {
+    repeats = repeats or {
         stack: next((shape[0] for name, shape in stored.items() if f".{stack}.group." in name), 0) for stack in stacks
     }
     for name in stored:
@@ -254,11 +291,13 @@ def locate(stored: Mapping[str, Shape], config: ModelConfig) -> dict[str, tuple[
     return found
 
 
-def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weights:
-    """The weights in a directory.
+def open_weights(path: epath.PathLike, *, keep_quantized: bool = False, step: int | None = None) -> Weights:
+    """The weights in a directory. Those of a directory that holds LoRA's factors are its base's with these added
+    (`weights.adapters.MergedWeights`).
 
     - keep_quantized: quantized ones of a published checkpoint are shown as they are stored (see `FileWeights`), which
       those of a directory of ours always are
+    - step: of a directory of ours, which checkpoint; None: the newest
 
     Raises FileNotFoundError for what is not there; ValueError for a directory of no known format, damaged files, and
     weights that do not fit their config, naming every tensor that is at fault.
@@ -266,7 +305,13 @@ def open_weights(path: epath.PathLike, *, keep_quantized: bool = False) -> Weigh
     path = model_directory(path)
     kind = source_format(path)
     if kind == "run":
-        return newest_weights(path)
+        saved = saved_model(path)
+        held = newest_weights(path) if step is None else weights_at(path, saved, step)
+        if saved.lora is None:
+            return held
+        from llama4_jax.weights.adapters import MergedWeights, open_base
+
+        return MergedWeights(path, held, saved.lora, open_base(path))
     if kind == "hf":
         checkpoint = HFCheckpoint(path)
         config = hf_config.model_config(checkpoint.config, str(path / "config.json"))
@@ -304,6 +349,11 @@ def source_format(path: AnyPath) -> SourceFormat:
     if (path / PARAMS).is_file():
         return "meta"
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path} holds adapters of PEFT, without the model that they belong on. Make a directory of ours of "
+                f"them: llama4 convert {path} DESTINATION --base MODEL."
+            )
         raise FileNotFoundError(
             f"{path} has neither config.json nor {PARAMS}: it is no Hugging Face or Meta directory, and no run."
         )

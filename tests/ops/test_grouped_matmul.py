@@ -68,7 +68,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "megablox"])
+@pytest.mark.parametrize("implementation", ["blocks", "megablox", "masked"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_the_reference(case, implementation):
     rows, sizes = CASES[case]
