@@ -27,14 +27,11 @@ class World:
     limits: Limits
     state: State = field(default_factory=State)
     alive: dict[int, Seen] = field(default_factory=dict)
-    arrivals: list[int] = field(default_factory=list)
-    admissions: list[int] = field(default_factory=list)
 
     def do(self, events, found=0, later=None):
         for event in events:
             if isinstance(event, Arrived):
                 self.alive[event.request.id] = Seen(event.request)
-                self.arrivals.append(event.request.id)
             else:
                 self.alive.pop(event.id, None)
 
@@ -49,9 +46,10 @@ class World:
         self.state, plan = step(self.limits, self.state, events, place)
         for refused in plan.refused:
             del self.alive[refused]
-            self.arrivals.remove(refused)
+        admitted = [one.request.id for one in plan.admitted]
+        waited = [id for id, seen in self.alive.items() if seen.slot is None or id in admitted]
+        assert waited[: len(admitted)] == admitted  # first come, first served
         for one in plan.admitted:
-            self.admissions.append(one.request.id)
             self.alive[one.request.id].read = one.read
         budget = self.limits.budget
         for n, piece in enumerate(plan.pieces):
@@ -72,8 +70,6 @@ class World:
         if later is None or first != later:  # nobody waits beside a free slot, but who is better served later
             assert len(running) == min(len(self.alive), self.limits.slots)
         assert len(self.alive) <= self.limits.slots + self.limits.waiting
-        served = [one for one in self.arrivals if one in self.admissions or one in self.alive]
-        assert [one for one in served if one in self.admissions] == self.admissions  # first come, first served
         return plan
 
 
