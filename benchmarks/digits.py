@@ -123,7 +123,7 @@ def _pages(answered: tuple[Conversation, str]) -> list[Image.Image]:
 
 
 def is_right(document: Conversation, reply: str) -> bool:
-    """Of a pair, the last word: first or second."""
+    """The last word of a pair: first or second."""
     return reply.split()[-1:] == document.messages[1].text.split()[-1:]
 
 

@@ -37,7 +37,7 @@ class Rate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows together: an upper bound."""
+        """Tokens a second of all rows together: an upper bound."""
         return self.busy / self.seconds
 
 
@@ -83,7 +83,7 @@ class ServerPlan:
 
     @property
     def slots_that_fit(self) -> int:
-        """Of this context, if as many rows were busy as slots are planned."""
+        """Slots of this context that fit, if as many rows were busy as slots are planned."""
         fixed = sum(size for name, size in self.parts.items() if name not in _OF_SLOTS)
         each = sum(self.parts[name] for name in _OF_SLOTS) / self.slots
         return max(0, int((self.memory - fixed) / each))

@@ -86,7 +86,7 @@ def test_a_cache_of_int8_and_weights_of_other_kinds_change_their_part_alone(tmp_
 
 @pytest.mark.parametrize("cache", [None, "int8"])
 def test_the_bytes_are_those_of_a_cache_with_arrays_in_it(cache):
-    """Of an engine's own: `tests/serve/test_real_engine.py`."""
+    """An engine's own bytes are in `tests/serve/test_real_engine.py`."""
     options = plan.PlanOptions(name="tiny", topology="h100:1", step="decode", slots=3, context=200, cache=cache)
     made = plan_server(plan.work_of(options, []), MeshConfig(data=1), topology("h100:1"))
     model = preset("tiny")

@@ -348,7 +348,7 @@ class EngineCore:
         return handle
 
     def _handle(self, id: int, asked: Mapping[str, Any]) -> "Handle":
-        """Of arguments that were checked."""
+        """The handle of a request whose arguments were checked."""
         said = dict(asked)
         ids, tiles, scores, tops = (said.pop(name) for name in ("prompt", "tiles", "prompt_scores", "top_logprobs"))
         settings = settings_of(

@@ -107,7 +107,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def model_digest(config: ModelConfig, state: nnx.State, cache_dtype: str) -> str:
-    """Of a configuration, all weights and a kind of cache. Reads each weight once, where it lies."""
+    """A digest of a configuration, all weights and a kind of cache. Reads each weight once, where it lies."""
     sums = {
         jax.tree_util.keystr(at): int(_sum(leaf))
         for at, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -98,7 +98,7 @@ def settings_of(
     wants_top: bool = False,
     plain: bool = False,
 ) -> Settings:
-    """Of arguments that were checked. A temperature below `LEAST_TEMPERATURE` takes the most likely token; a top_p too
+    """Settings from checked arguments. A temperature below `LEAST_TEMPERATURE` takes the most likely token; a top_p too
     small for a float32 leaves that one, too."""
     ids, bias = np.full((BIASES,), NOTHING, np.int32), np.zeros((BIASES,), np.float32)
     for i, (token, value) in enumerate((logit_bias or {}).items()):
@@ -128,7 +128,7 @@ def stacked(each: Sequence[Settings]) -> Settings:
 
 
 def rows_of(settings: Settings, vocab_size: int) -> Row:
-    """Of several requests, before their first tokens."""
+    """The rows of several requests before their first tokens."""
     return jax.vmap(lambda one: Settings(*one).row(vocab_size))(settings)
 
 

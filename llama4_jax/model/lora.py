@@ -8,7 +8,7 @@ named after their layer:
 
     layers.3.attention.q.lora.a   layers.3.moe.shared.gate_up.lora.b   layers.3.moe.gate_up_lora.a
 
-Of the two halves of a SwiGLU's fused kernel each has factors of its own, as the separate matrices of a published
+Each half of a SwiGLU's fused kernel has factors of its own, as the separate matrices of a published
 checkpoint would; of routed experts, whose halves are one matrix there, the first factor is shared. The output head,
 whose logits are never whole in training, has its factors added to its kernel (`Llama4.head`), without dropout.
 """
@@ -61,7 +61,8 @@ class Factors(nnx.Module):
 
 
 class LinearFactors(Factors):
-    """Of a `Linear`. With "gate_up" among its outputs, factors of each of the two: a [*inputs, 2, r], b [2, r, F]."""
+    """The factors of a `Linear`. With "gate_up" among its outputs, each of the two has its own: a [*inputs, 2, r],
+    b [2, r, F]."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         a_axes, b_axes = _axes(self.a), _axes(self.b)
@@ -78,7 +79,7 @@ class LinearFactors(Factors):
 
 
 class ExpertFactors(Factors):
-    """Of one of the two matrices of a layer's routed experts."""
+    """The factors of one of the two matrices of a layer's routed experts."""
 
     def beside(self, w) -> Adapted:
         """Dropout leaves out whole inputs of an expert, the same for all its tokens: they are on several devices."""

@@ -75,7 +75,7 @@ class Product:
     learns: bool = True
 
     def dtypes(self, dtype) -> tuple:
-        """Of the two gradients."""
+        """The dtypes of the two gradients; None for one that is not computed."""
         return dtype, dtype if self.learns else None
 
     def prepare(self, w, dtype):
@@ -206,7 +206,8 @@ class Fp8Product(Product):
 
 @dataclass(frozen=True)
 class QuantizedProduct(Product):
-    """Of quantized matrices, which do not learn: the gradient flows through the dequantized product to the rows.
+    """Products with quantized matrices, which do not learn: the gradient flows through the dequantized product to the
+    rows.
 
     - of_scales: mesh axes that split the scales along the dimension that is gathered
     - activations: of `quantized_matmul`

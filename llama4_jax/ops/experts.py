@@ -168,7 +168,7 @@ def _matrix(w):
 
 
 def _count(weights: ExpertWeights) -> int:
-    """Of a device's experts."""
+    """The number of a device's experts."""
     return len(jax.tree.leaves(weights.down)[0])
 
 

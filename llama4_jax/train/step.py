@@ -246,7 +246,7 @@ def update(
 
 
 class _Structure(NamedTuple):
-    """Of the model in training."""
+    """The model in training."""
 
     graphdef: nnx.GraphDef
     noise: nnx.State  # shapes of LoRA's dropout; empty without

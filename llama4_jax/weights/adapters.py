@@ -82,9 +82,9 @@ def open_base(directory: AnyPath):
 
 
 def digest(weights) -> str:
-    """Of all names, shapes and dtypes of weights, and of their values: of small tensors all, of larger ones samples at
-    the beginning, in the middle and at the end. It tells models and checkpoints apart, and reads little; that no
-    number was changed in a large tensor it does not say (checksums of files do)."""
+    """A digest of all names, shapes and dtypes of weights, and of their values: all of small tensors, and samples at
+    the beginning, in the middle and at the end of larger ones. It tells models and checkpoints apart and reads little.
+    A single number that was changed in a large tensor can go unnoticed; checksums of files are for that."""
     made = xxhash.xxh3_128()
     for name in sorted(weights.names):
         shape, dtype = weights.shape(name), weights.dtype(name)
@@ -109,7 +109,7 @@ def _samples(shape: Shape, itemsize: int) -> list[Index]:
 
 class MergedWeights:
     """`Weights` of a base with LoRA's factors added to its matrices: W + A · B · scale, in the base's dtype, summed in
-    float64. Of a quantized base they are dequantized first, and bfloat16."""
+    float64. Those of a quantized base are dequantized first, and bfloat16."""
 
     format = "run"
 
@@ -168,7 +168,7 @@ class MergedWeights:
         return name.endswith(SCALE) and self._parameters.is_quantized(name.removesuffix(SCALE))
 
     def _delta(self, name: str, part: Index) -> np.ndarray:
-        """Of a part of a matrix; of the factors only what it meets is read."""
+        """Reads a part of a matrix, and of the factors only what it meets."""
         row = self._rows[name]
         bounds = dict(zip(row.axes.split(), part, strict=True)) | {"R": slice(0, self.lora.rank)}
         a_axes, b_axes = factor_axes(row)

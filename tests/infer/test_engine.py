@@ -132,7 +132,7 @@ def test_the_next_turn_reads_what_is_new(engine, model):
 
 
 def conversations(count: int, turns: int, seed: int) -> list[list[dict]]:
-    """Of each the requests of its turns. They share what they begin with, and have pictures among them."""
+    """The requests of each one's turns. They share what they begin with, and have pictures among them."""
     draw = np.random.default_rng(seed)
     system, made = draw.integers(0, 49, 26).tolist(), []
     for i in range(count):

@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def copy(place, tmp_path):
-    """Of the run; the base stays where it is."""
+    """The model of the run; the base stays where it is."""
     return shutil.copytree(place / "lora", tmp_path / "lora")
 
 

@@ -132,7 +132,7 @@ def test_grammars_hold_a_model_that_knows_nothing(server, seed):
 
 
 def every_reply_is_valid(server, count):
-    """Of so many random schemas, each asked for once, four at a time. A reply of a model that knows nothing ends sooner
+    """Asks for so many random schemas, each once, four at a time. A reply of a model that knows nothing ends sooner
     if what closes something is likelier."""
     draws: list[tuple[dict, int]] = []
 
