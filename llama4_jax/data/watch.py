@@ -1,5 +1,5 @@
-"""Files of a data set that change while a run reads them: noticed before anything is learnt of what is no longer there,
-of a few files within a tenth of a second, of many within as many tenths as they have score.
+"""Files of a data set that change while a run reads them: noticed before much is learnt from what is no longer there.
+Every tenth of a second the next twenty files are looked at.
 
 What was read when the data set was opened (where its documents begin, which are held out) holds for the files as they
 were. Most of a small data set is in memory soon, so that a change would otherwise show hundreds of steps later, or
