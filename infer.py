@@ -360,7 +360,7 @@ def ask(prompt: str) -> str | None:
     interrupt.pressed()  # what came after the end of a reply has nothing to stop
     while True:
         try:
-            with interrupt.stoppable(), interrupt.typing():
+            with interrupt.stoppable(), interrupt.waking_readline():
                 return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return None

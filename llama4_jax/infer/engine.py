@@ -23,6 +23,7 @@ from llama4_jax.infer.engine_core import Full as Full
 from llama4_jax.infer.engine_core import Sampled as Sampled
 from llama4_jax.infer.prefix_file import model_digest, read_prefix, write_prefix
 from llama4_jax.infer.sampling import check_whole
+from llama4_jax.model.config import ModelConfig
 from llama4_jax.model.llama4 import Llama4
 from llama4_jax.processor import Processor
 
@@ -77,7 +78,7 @@ class Engine:
         return self._core.stats
 
     @property
-    def config(self):
+    def config(self) -> ModelConfig:
         return self._core.config
 
     def submit(

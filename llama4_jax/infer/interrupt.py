@@ -70,7 +70,7 @@ def stoppable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def typing() -> Iterator[None]:
+def waking_readline() -> Iterator[None]:
     """For `input()`: a press is noticed within a fifth of a second, whenever it comes.
 
     The readline module runs no handler of a signal that comes just before it waits for a key, until the next key. So
